@@ -1,0 +1,80 @@
+"""Proof that every checkpoint tensor is used by exactly the graphs it should be, or cannot be reached.
+
+What should be is derived from the config; what is, from the initialisers of the finished graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+from moiie_export.config import ModelConfig
+from moiie_export.weights import WeightMap
+from moiie_runtime.errors import MoiieError
+
+HOST = "host"
+"""Stands beside the graphs for what the runtime itself reads: the embedding table."""
+
+
+def expected_users(parameter: str, config: ModelConfig) -> frozenset[str]:
+    """Which graphs (or the host) must use a parameter of the model.
+
+    Decode tokens are language tokens, so the decode graph holds no vision gate and no expert that only vision reaches
+    (spec moiie.md, 9.1).
+    """
+    if parameter.startswith("vision_encoder."):
+        return frozenset({"vision_encoder"})
+    if parameter == "embed_tokens.weight":
+        return frozenset({HOST})
+    if parameter.endswith(".mlp.gate_vis.weight"):
+        return frozenset({"decoder_prefill"})
+    moe, pieces = config.moe, parameter.split(".")
+    if moe is not None and "experts" in pieces and int(pieces[-2]) not in moe.expert_groups["language"]:
+        return frozenset({"decoder_prefill"})
+    return frozenset({"decoder_prefill", "decoder_decode"})
+
+
+def prove(config: ModelConfig, weight_map: WeightMap, used: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """The manifest's `completeness` section.
+
+    Args:
+        config: the model.
+        weight_map: parts of every weight.
+        used: graph -> parameters among its initialisers.
+
+    Returns:
+        {"tensors": {checkpoint tensor: {"weight", "graphs", "rows"?}}, "unreachable": {checkpoint tensor: reason}}
+
+    Raises:
+        MoiieError: a graph uses a parameter that it should not, or lacks one that it should.
+    """
+    users: dict[str, set[str]] = {name: set() for name in weight_map.by_parameter()}
+    for graph, parameters in used.items():
+        for name in parameters:
+            users[name].add(graph)
+    for name, found in users.items():
+        wanted = expected_users(name, config)
+        if found | ({HOST} & wanted) != wanted:
+            raise MoiieError(
+                f"parameter {name}: expected in {sorted(wanted)}, found in {sorted(found)}",
+                "the exported graphs are not the model; this is a defect of the exporter",
+            )
+    tensors: dict[str, Any] = {}
+    for weight in weight_map.weights:
+        start = 0
+        for part in weight.parts:
+            entry: dict[str, Any] = {"weight": weight.name, "graphs": _part_users(weight.parameters(), start, config)}
+            if part.rows is not None:
+                entry["rows"] = part.rows
+            tensors[part.tensor] = entry
+            start += prod(part.used_shape)
+    return {"tensors": tensors, "unreachable": dict(weight_map.unreachable)}
+
+
+def _part_users(parameters: Mapping[str, tuple[int, tuple[int, ...]]], start: int, config: ModelConfig) -> list[str]:
+    """Users of the parameter that holds the part beginning `start` elements into its weight."""
+    for name, (first, shape) in parameters.items():
+        if first <= start < first + prod(shape):
+            return sorted(expected_users(name, config))
+    raise RuntimeError("a part lies outside its weight")

@@ -1,0 +1,401 @@
+"""What a checkpoint's config.json says, as frozen dataclasses; the only place that knows model types by name.
+
+Everything the two published backbones and five expert arrangements differ in is a field here, so that no other
+file asks for a model type. A value we do not implement is refused with its key (spec moiie.md, sections 1, 3, 4.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from moiie_export.config_reader import ConfigReader
+from moiie_export.prompts import LLAMA3, PHI3, PromptStyle
+from moiie_runtime.errors import MoiieError
+
+Modality = Literal["vision", "language"]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. `sliding_window` W: a query sees itself and the W keys before it (spec 4.5)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None
+    fused_projections: bool
+    """True when the checkpoint stores qkv_proj and gate_up_proj (Phi-3), False when split (LLaMA)."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def visible_keys(self) -> int | None:
+        """How many keys a query sees, itself included; None when all."""
+        return None if self.sliding_window is None else self.sliding_window + 1
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP tower, optionally run on several scales (S2), and the pixels it wants (spec 1.1, 1.2, 5.1)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+    select_layer: int = -2
+    scales: tuple[int, ...] = ()
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; pixels beyond grid * patch_size are never seen."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Rows one image takes in the decoder's input."""
+        return self.grid**2
+
+    @property
+    def layers_used(self) -> int:
+        """Encoder layers up to the selected hidden state (hidden_states has one more entry than layers)."""
+        return self.num_hidden_layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
+
+    @property
+    def input_size(self) -> int:
+        """Side of the picture the processor makes, in pixels."""
+        return max(self.scales) if self.scales else self.image_size
+
+    @property
+    def feature_size(self) -> int:
+        """Channels handed to the projector."""
+        return self.hidden_size * max(1, len(self.scales))
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """One table for all expert arrangements: which experts a modality may reach, and by which gate.
+
+    Attributes:
+        experts: checkpoint module of each expert; the index is the expert's global id.
+        top_k: experts per token.
+        layers: indices of the decoder layers that hold experts.
+        expert_groups: modality -> ids of the experts it may be routed to, in the order of its gate's rows.
+        gates: modality -> checkpoint module of its gate; empty when the modality alone decides.
+    """
+
+    experts: tuple[str, ...]
+    top_k: int
+    layers: tuple[int, ...]
+    expert_groups: Mapping[Modality, tuple[int, ...]]
+    gates: Mapping[Modality, str]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in the checkpoint, dead ones included; the width of router_logits."""
+        return len(self.experts)
+
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """Ids some modality may be routed to, ascending."""
+        return tuple(sorted(set(self.expert_groups["vision"]) | set(self.expert_groups["language"])))
+
+    @property
+    def one_gate(self) -> bool:
+        """True when both modalities share one gate (vanilla mixture of experts)."""
+        return bool(self.gates) and self.gates["vision"] == self.gates["language"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: decoder, tower, experts, tokens and the strings around a question."""
+
+    model_type: str
+    text: TextConfig
+    vision: VisionConfig
+    moe: MoeConfig | None
+    projector: str
+    image_aspect_ratio: Literal["pad", "square"]
+    prompt: PromptStyle
+    max_context: int
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+    vision_tower: str
+    vision_weights_in_checkpoint: bool
+    last_image_token_is_language: bool = True
+
+    @property
+    def projector_layers(self) -> int:
+        """Linear layers of the projector, activations between them."""
+        return projector_depth(self.projector)
+
+    def with_vocab(self, rows: int) -> ModelConfig:
+        """The same model with embedding and head cut to the tokenizer's length (spec 5.4)."""
+        return replace(self, text=replace(self.text, vocab_size=rows))
+
+
+@dataclass(frozen=True)
+class _Family:
+    backbone: Callable[[ConfigReader], TextConfig]
+    experts: Callable[[ConfigReader, tuple[int, ...]], MoeConfig] | None
+    prompt: PromptStyle
+
+
+def parse_config(raw: Mapping[str, Any], tower: Mapping[str, Any] | None, where: str = "config.json") -> ModelConfig:
+    """Read a checkpoint's config.json and its tower's.
+
+    Args:
+        raw: the parsed config.json.
+        tower: the parsed config.json of the SigLIP directory; None when none was found, which is enough only for
+            the published tower with its weights in the checkpoint (spec 4.3).
+        where: the file's name for error messages.
+
+    Raises:
+        MoiieError: an unknown model type, a missing or ill-typed key, or a value that is not implemented.
+    """
+    reader = ConfigReader(raw, where)
+    model_type = reader.text("model_type")
+    family = _FAMILIES.get(model_type)
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise MoiieError(f"{where}: model_type: {model_type!r} is not a model we know", f"known model types: {known}")
+    _refuse_unimplemented(reader)
+    text = family.backbone(reader)
+    layers = _moe_layers(reader, text.num_hidden_layers)
+    moe = family.experts(reader, layers) if family.experts and layers else None
+    vision = _vision(reader, tower)
+    eos = reader.int_list("eos_token_id")
+    return ModelConfig(
+        model_type=model_type,
+        text=text,
+        vision=vision,
+        moe=moe,
+        projector=_projector(reader, vision),
+        image_aspect_ratio="pad" if reader.text("image_aspect_ratio", "square") == "pad" else "square",
+        prompt=family.prompt,
+        max_context=min(reader.integer("tokenizer_model_max_length", 4096), text.max_position_embeddings),
+        bos_token_id=reader.optional_integer("bos_token_id"),
+        eos_token_id=eos,
+        pad_token_id=reader.optional_integer("pad_token_id"),
+        vision_tower=reader.text("mm_vision_tower"),
+        vision_weights_in_checkpoint=reader.boolean("unfreeze_vision_tower", False),
+        last_image_token_is_language=reader.boolean("last_image_token_is_language", True),
+    )
+
+
+def _refuse_unimplemented(reader: ConfigReader) -> None:
+    reader.only("rope_scaling", None)
+    reader.only("hidden_act", "silu")
+    reader.only("attention_bias", False)
+    reader.only("mlp_bias", False)
+    reader.only("pretraining_tp", 1)
+    reader.only("tie_word_embeddings", False)
+    reader.only("partial_rotary_factor", 1.0)
+    reader.only("mm_use_im_start_end", False)
+    reader.only("mm_use_im_patch_token", False)
+    reader.only("mm_vision_tower_aux", None)
+    reader.only("quantization_config", None)
+    reader.only("mm_patch_merge_type", "flat")
+    reader.one_of("image_aspect_ratio", ("pad", "square"))
+
+
+def _text(reader: ConfigReader, *, fused: bool, window: bool) -> TextConfig:
+    heads = reader.integer("num_attention_heads")
+    text = TextConfig(
+        hidden_size=reader.integer("hidden_size"),
+        intermediate_size=reader.integer("intermediate_size"),
+        num_hidden_layers=reader.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=reader.integer("num_key_value_heads", heads),
+        vocab_size=reader.integer("vocab_size"),
+        rms_norm_eps=reader.number("rms_norm_eps"),
+        rope_theta=reader.number("rope_theta", 10000.0),
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        sliding_window=reader.optional_integer("sliding_window") if window else None,
+        fused_projections=fused,
+    )
+    reader.divides("num_attention_heads", heads, "hidden_size", text.hidden_size)
+    reader.divides("num_key_value_heads", text.num_key_value_heads, "num_attention_heads", heads)
+    reader.divides("2", 2, "hidden_size / num_attention_heads", text.head_dim)
+    reader.only("head_dim", text.head_dim)
+    return text
+
+
+def _phi3(reader: ConfigReader) -> TextConfig:
+    return _text(reader, fused=True, window=True)
+
+
+def _llama(reader: ConfigReader) -> TextConfig:
+    return _text(reader, fused=False, window=False)
+
+
+def _moe_layers(reader: ConfigReader, count: int) -> tuple[int, ...]:
+    """Odd layers, as the authors hard-code; `moe_layers` ("odd", "all" or a list) overrides it."""
+    value = reader.get("moe_layers", "odd")
+    if value == "odd":
+        return tuple(range(1, count, 2))
+    if value == "all":
+        return tuple(range(count))
+    if isinstance(value, list) and all(type(i) is int and 0 <= i < count for i in value) and len(set(value)) == len(value):
+        return tuple(sorted(value))
+    raise reader.error("moe_layers", f"'odd', 'all' or a list of layer indices below {count}")
+
+
+def _moiie(reader: ConfigReader, layers: tuple[int, ...]) -> MoeConfig:
+    """G = int(E/2 + E/4) experts per modality; a language gate's row g is expert g + offset (spec 1.6)."""
+    count = reader.integer("num_experts")
+    reach = int(count / 2 + count / 4)
+    offset = reader.integer("expert_offset", 1, minimum=0)
+    if reach + offset > count:
+        raise reader.error("num_experts", f"at least {reach + offset} experts for {reach} language experts from {offset}")
+    return _routed(
+        reader,
+        layers,
+        experts=tuple(f"experts.{i}" for i in range(count)),
+        groups={"vision": tuple(range(reach)), "language": tuple(range(offset, offset + reach))},
+        gates={"vision": "gate_vis", "language": "gate"},
+    )
+
+
+def _vanilla(reader: ConfigReader, layers: tuple[int, ...]) -> MoeConfig:
+    every = tuple(range(reader.integer("num_experts")))
+    return _routed(
+        reader,
+        layers,
+        experts=tuple(f"experts.{i}" for i in every),
+        groups={"vision": every, "language": every},
+        gates={"vision": "gate", "language": "gate"},
+    )
+
+
+def _modality_routed(reader: ConfigReader, layers: tuple[int, ...]) -> MoeConfig:
+    """Vision experts come first in the global ids, then language experts."""
+    vision, language = reader.integer("num_vis_experts"), reader.integer("num_lan_experts")
+    return _routed(
+        reader,
+        layers,
+        experts=tuple([f"vis_experts.{i}" for i in range(vision)] + [f"lan_experts.{i}" for i in range(language)]),
+        groups={"vision": tuple(range(vision)), "language": tuple(range(vision, vision + language))},
+        gates={"vision": "gate_vis", "language": "gate"},
+    )
+
+
+def _modality_hard(reader: ConfigReader, layers: tuple[int, ...]) -> MoeConfig:
+    return MoeConfig(
+        experts=("vision_expert", "language_expert"),
+        top_k=1,
+        layers=layers,
+        expert_groups={"vision": (0,), "language": (1,)},
+        gates={},
+    )
+
+
+def _routed(
+    reader: ConfigReader,
+    layers: tuple[int, ...],
+    *,
+    experts: tuple[str, ...],
+    groups: dict[Modality, tuple[int, ...]],
+    gates: dict[Modality, str],
+) -> MoeConfig:
+    top_k = reader.integer("num_experts_per_tok")
+    for modality, ids in groups.items():
+        if top_k > len(ids):
+            raise reader.error("num_experts_per_tok", f"at most {len(ids)}, the experts a {modality} token may reach")
+    return MoeConfig(experts=experts, top_k=top_k, layers=layers, expert_groups=groups, gates=gates)
+
+
+PUBLISHED_TOWER: Mapping[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+"""SigLIP so400m/14-384, the one tower the authors name (spec 1.1)."""
+
+
+def _vision(reader: ConfigReader, tower: Mapping[str, Any] | None) -> VisionConfig:
+    if tower is None:
+        tower = PUBLISHED_TOWER
+    if tower.get("model_type") == "siglip":
+        tower = {"model_type": "siglip_vision_model", **(tower.get("vision_config") or {})}
+    tower_reader = ConfigReader(tower, "vision tower config.json")
+    tower_reader.only("model_type", "siglip_vision_model")
+    tower_reader.only("hidden_act", "gelu_pytorch_tanh")
+    tower_reader.only("num_channels", 3)
+    vision = VisionConfig(
+        hidden_size=tower_reader.integer("hidden_size", 768),
+        intermediate_size=tower_reader.integer("intermediate_size", 3072),
+        num_hidden_layers=tower_reader.integer("num_hidden_layers", 12),
+        num_attention_heads=tower_reader.integer("num_attention_heads", 12),
+        image_size=tower_reader.integer("image_size", 224),
+        patch_size=tower_reader.integer("patch_size", 16),
+        layer_norm_eps=tower_reader.number("layer_norm_eps", 1e-6),
+        select_layer=reader.integer("mm_vision_select_layer", -2, minimum=None),
+    )
+    tower_reader.divides("num_attention_heads", vision.num_attention_heads, "hidden_size", vision.hidden_size)
+    if not 0 <= vision.layers_used <= vision.num_hidden_layers:
+        raise reader.error("mm_vision_select_layer", f"a hidden state of a tower with {vision.num_hidden_layers} layers")
+    return replace(vision, scales=_scales(reader, vision.image_size)) if reader.boolean("use_s2", False) else vision
+
+
+def _scales(reader: ConfigReader, image_size: int) -> tuple[int, ...]:
+    """S2 scales ascending; the smallest is the tower's own size, the rest are multiples of it (spec 1.2)."""
+    value = reader.get("s2_scales", "384,768,1152")
+    try:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        scales = tuple(sorted(int(part) for part in parts))
+    except (TypeError, ValueError):
+        raise reader.error("s2_scales", "sizes in pixels joined by commas") from None
+    if not scales or scales[0] != image_size or any(s % image_size for s in scales):
+        raise reader.error("s2_scales", f"multiples of the tower's image size {image_size}, the smallest equal to it")
+    return scales
+
+
+def _projector(reader: ConfigReader, vision: VisionConfig) -> str:
+    width = reader.integer("mm_hidden_size", vision.feature_size)
+    if width != vision.feature_size:
+        wanted = f"{vision.feature_size}, what the tower gives with use_s2 {str(bool(vision.scales)).lower()}"
+        raise reader.error("mm_hidden_size", wanted)
+    kind = reader.text("mm_projector_type", "linear")
+    if kind not in ("identity", "linear") and projector_depth(kind) < 1:
+        raise reader.error("mm_projector_type", "'mlpNx_gelu', 'linear' or 'identity' (others change the number of image tokens)")
+    return kind
+
+
+def projector_depth(kind: str) -> int:
+    """Linear layers of a projector: `linear` 1, `mlp{N}x_gelu` N, `identity` and unknown kinds 0 (spec 1.3)."""
+    if kind == "linear":
+        return 1
+    digits = kind.removeprefix("mlp").removesuffix("x_gelu")
+    return int(digits) if kind == f"mlp{digits}x_gelu" and digits.isdecimal() else 0
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "bunny-phi3": _Family(_phi3, None, PHI3),
+    "bunny-phi3-moe": _Family(_phi3, _vanilla, PHI3),
+    "bunny-phi3-m": _Family(_phi3, _modality_hard, PHI3),
+    "bunny-mm-phi3-moe": _Family(_phi3, _modality_routed, PHI3),
+    "bunny-mm-phi3-moe-s": _Family(_phi3, _moiie, PHI3),
+    "bunny-llama": _Family(_llama, None, LLAMA3),
+    "bunny-llama3-moe": _Family(_llama, _vanilla, LLAMA3),
+    "bunny-llama-m": _Family(_llama, _modality_hard, LLAMA3),
+    "bunny-mm-llama3-moe-s": _Family(_llama, _moiie, LLAMA3),
+}

@@ -1,0 +1,151 @@
+"""Passes over a traced graph, each small, in the order of `PORTABLE` below; weights are never loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx.parser
+import onnx_ir as ir
+
+from moiie_export.graph.components import Component
+from moiie_export.ops import DOMAIN, OPS
+from moiie_export.ops.op import VERSION
+from moiie_export.weights import WeightMap
+from moiie_runtime.errors import MoiieError
+from moiie_runtime.tensors import TensorInfo
+
+_IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16}
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What passes may read: the component, the weight map, and where each weight lies in the weights file."""
+
+    component: Component
+    weight_map: WeightMap
+    header: Mapping[str, TensorInfo]
+    weights_file: str
+
+
+def drop_probes(model: ir.Model, context: PassContext) -> None:
+    """Probes stop being outputs but keep their value names, by which parity finds them again."""
+    probes = {tensor.name for tensor in context.component.probes}
+    kept = [value for value in model.graph.outputs if value.name not in probes]
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(kept)
+
+
+def attach_weights(model: ir.Model, context: PassContext) -> None:
+    """Point every parameter at its bytes in the weights file; float16 storage is cast to float32 where it is used.
+
+    Raises:
+        MoiieError: an initialiser that is neither a parameter nor a small constant with data.
+    """
+    parameters = context.weight_map.by_parameter()
+    for name, value in list(model.graph.initializers.items()):
+        if name not in parameters:
+            _require_data(name, value, context.component)
+            continue
+        weight, start, shape = parameters[name]
+        info = context.header[weight.name]
+        dtype = _IR_DTYPES[info.dtype]
+        elements = 1
+        for size in shape:
+            elements *= size
+        tensor = ir.ExternalTensor(
+            context.weights_file,
+            offset=info.offset + int(start * dtype.itemsize),
+            length=int(elements * dtype.itemsize),
+            dtype=dtype,
+            shape=ir.Shape(shape),
+            name=name,
+        )
+        if dtype == ir.DataType.FLOAT:
+            value.const_value, value.dtype = tensor, dtype
+        else:
+            _cast_where_used(model, value, tensor)
+
+
+def _require_data(name: str, value: ir.Value, component: Component) -> None:
+    """A buffer made on the meta device has no data; the exporter would write zeros or fail much later."""
+    try:
+        data = value.const_value
+        if data is None or data.nbytes > 1 << 20:
+            raise ValueError("no data" if data is None else f"{data.nbytes} bytes")
+        data.numpy()
+    except Exception as error:
+        raise MoiieError(
+            f"{component.name}: initialiser {name} is no parameter of the weight map and has no data ({error})",
+            "compute constants in forward(), or make them outside the meta device",
+        ) from error
+
+
+def _cast_where_used(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor) -> None:
+    name = str(value.name)
+    stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    node = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
+    node.outputs[0].name = f"{name}.float32"
+    value.replace_all_uses_with(node.outputs[0])
+    del model.graph.initializers[name]
+    model.graph.register_initializer(stored)
+    model.graph.insert_before(model.graph[0], node)
+
+
+def strip_metadata(model: ir.Model, context: PassContext) -> None:
+    """Remove what the exporter notes about the tracing machine (source lines, paths) and its symbolic shapes."""
+    model.producer_name, model.producer_version = "moiie-export", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name = context.component.name
+    boundary = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in boundary:
+                value.shape = None
+                value.type = None
+    for value in boundary:
+        value.metadata_props.clear()
+
+
+def check_attributes(model: ir.Model, context: PassContext) -> None:
+    """Refuse attributes that an op's record does not list: parsers downstream ignore them without a word."""
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        unknown = set(node.attributes) ^ set(OPS[node.op_type].attributes)
+        if unknown:
+            raise MoiieError(f"{context.component.name}: node {node.name}: unexpected or missing attributes {sorted(unknown)}")
+
+
+def attach_bodies(model: ir.Model, context: PassContext) -> None:
+    """Give every bare `moiie` node its portable body; nodes with different attributes get overloads of their own."""
+    overloads: dict[str, list[str]] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        op = OPS[node.op_type]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        text = op.body(attributes, len(node.inputs))
+        known = overloads.setdefault(op.name, [])
+        if text not in known:
+            known.append(text)
+            function = ir.from_proto(onnx.parser.parse_function(text))
+            overload = "" if len(known) == 1 else str(len(known))
+            function.overload = overload
+            model.functions[(DOMAIN, op.name, overload)] = function
+        index = known.index(text)
+        node.overload = "" if index == 0 else str(index + 1)
+    model.opset_imports[DOMAIN] = VERSION
+
+
+PORTABLE: tuple[Callable[[ir.Model, PassContext], None], ...] = (
+    drop_probes,
+    attach_weights,
+    strip_metadata,
+    check_attributes,
+    attach_bodies,  # last: rewriting passes look for bare nodes
+)

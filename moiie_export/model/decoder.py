@@ -1,0 +1,98 @@
+"""The language decoder on static key-value buffers, in the two forms that are exported: prefill and decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moiie_export.config import ModelConfig
+from moiie_export.model.layers import Attention, GatedMlp, KeyValue, RMSNorm, rotary_angles
+from moiie_export.model.moe import MoeBlock, Routing
+
+
+@dataclass
+class DecoderOutput:
+    """logits [B, kept, V]; per layer the residual stream [N, H] behind it, the buffers, and the routing (None: dense)."""
+
+    logits: torch.Tensor
+    hidden: list[torch.Tensor]
+    present: list[KeyValue]
+    routing: list[Routing | None]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        text = config.text
+        self.input_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.self_attn = Attention(text)
+        self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        sparse = config.moe is not None and index in config.moe.layers
+        self.mlp: nn.Module = MoeBlock(text, config.moe) if sparse and config.moe else GatedMlp(text)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        token_modality: torch.Tensor | None,
+        angles: KeyValue,
+        past: KeyValue,
+        past_lengths: torch.Tensor,
+    ) -> tuple[torch.Tensor, KeyValue, Routing | None]:
+        """x [N, H] -> residual stream [N, H], updated buffers, routing."""
+        attended, present = self.self_attn(self.input_layernorm(x), angles, past, past_lengths)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoeBlock):
+            out, routing = self.mlp(normed, token_modality)
+            return x + out, present, routing
+        return x + self.mlp(normed), present, None
+
+
+class Decoder(nn.Module):
+    """The stack of layers, the final norm and the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        text = config.text
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(text.num_hidden_layers))
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.head_dim, self.rope_theta = text.head_dim, text.rope_theta
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        token_modality: torch.Tensor | None,
+        past_lengths: torch.Tensor,
+        logits_to_keep: torch.Tensor | None,
+        past_key_values: list[KeyValue],
+    ) -> DecoderOutput:
+        """One call over T new tokens a row.
+
+        Args:
+            inputs_embeds: [B, T, H] embeddings, image features already in their places.
+            token_modality: [B, T] int32, 1 = vision after the last-image-token rule; None: every token is language.
+            past_lengths: [B] int64, keys already in the buffers.
+            logits_to_keep: [B, kept] int64 positions whose logits are wanted; None: all.
+            past_key_values: per layer key and value buffers [B, Hkv, S, D].
+        """
+        batch, tokens, width = inputs_embeds.shape
+        positions = past_lengths.unsqueeze(1) + torch.arange(tokens, device=past_lengths.device)
+        angles = rotary_angles(positions, self.head_dim, self.rope_theta)
+        modality = None if token_modality is None else token_modality.reshape(batch * tokens)
+        x = inputs_embeds.reshape(batch * tokens, width)
+        hidden, present, routings = [], [], []
+        for layer, past in zip(self.layers, past_key_values, strict=True):
+            x, buffers, routing = layer(x, modality, angles, past, past_lengths)
+            hidden.append(x)
+            present.append(buffers)
+            routings.append(routing)
+        if logits_to_keep is not None:
+            first = torch.arange(batch, device=x.device).unsqueeze(1) * tokens
+            x = x.index_select(0, (first + logits_to_keep).reshape(-1))
+        logits = self.lm_head(self.norm(x)).reshape(batch, -1, self.lm_head.out_features)
+        return DecoderOutput(logits, hidden, present, routings)

@@ -1,0 +1,78 @@
+"""Layers of the decoder: rotary positions, attention on static buffers, gated feed-forward (spec moiie.md, 1.4 and 1.10).
+
+Shape legend: B rows, T tokens a row, N = B * T tokens in all, H hidden, I intermediate, Hq / Hkv heads, D head size.
+Hidden states are [N, H] everywhere but inside attention, so that every linear layer is one matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name)
+from torch import nn
+
+from moiie_export.config import TextConfig
+from moiie_export.ops.cached_attention import cached_attention
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, then times weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., H] -> [..., H]
+        """Normalised x."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> KeyValue:
+    """Cosines and sines [B, T, D/2] of the rotary embedding at `positions` [B, T], in float32."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys; projections fused in rows [q | k | v]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.window = config.visible_keys or 0
+
+    def forward(
+        self, x: torch.Tensor, angles: KeyValue, past: KeyValue, past_lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """x [N, H] -> attention output [N, H] and the updated key and value buffers [B, Hkv, S, D]."""
+        batch, tokens = angles[0].shape[:2]
+        qkv = self.qkv_proj(x).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
+        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query = torch.onnx.ops.rotary_embedding(query, *angles)
+        key = torch.onnx.ops.rotary_embedding(key, *angles)
+        out, keys, values = cached_attention(query, key, value, *past, past_lengths, self.window)
+        return self.o_proj(out.transpose(1, 2).reshape(batch * tokens, -1)), (keys, values)
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU feed-forward; gate and up projections fused in rows [gate | up]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, H] -> [N, H]
+        """down(silu(gate) * up)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)

@@ -1,0 +1,20 @@
+"""The custom ops of domain `moiie`: one file an op, four faces each.
+
+A file holds the shape legend, the torch reference and its fake, the `Op` record from which the ONNX schema and the
+exporter's translation are generated, and the portable ONNX function body. Native lowerings only make an op fast; the
+body runs anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moiie_export.ops import cached_attention, expert_dispatch, modality_router, topk_route
+from moiie_export.ops.op import DOMAIN, Op
+
+OPS: Mapping[str, Op] = {
+    op.name: op for op in (cached_attention.OP, expert_dispatch.OP, modality_router.OP, topk_route.OP)
+}
+"""Every custom op by its ONNX name."""
+
+__all__ = ["DOMAIN", "OPS", "Op"]

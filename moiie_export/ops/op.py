@@ -1,0 +1,67 @@
+"""The record that describes a custom op once; schema, translation and body are generated from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+DOMAIN = "moiie"
+VERSION = 1
+
+Attributes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: its name, its element type as ONNX spells it, and how often it may occur."""
+
+    name: str
+    type: str
+    optional: bool = False
+    variadic: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """One custom op.
+
+    Attributes:
+        name: ONNX op type in domain `moiie`.
+        torch_name: qualified name of its torch reference, `moiie::snake_case`.
+        inputs, outputs: ports in order.
+        attributes: name -> "int", "ints" or "float"; a node with any other attribute is refused.
+        body: (attributes, number of inputs) -> text of the portable ONNX function, standard ops only. Attribute
+            values are written into the text, so one op may need several overloads in one graph.
+        torch_arguments: arguments of the torch op in order, as names of inputs or attributes.
+    """
+
+    name: str
+    torch_name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    attributes: Mapping[str, str]
+    body: Callable[[Attributes, int], str]
+    torch_arguments: tuple[str, ...] = field(default=())
+
+
+def function_text(op_name: str, signature: tuple[Sequence[str], Sequence[str]], attributes: Attributes, lines: str) -> str:
+    """ONNX text of a function in domain `moiie` whose body uses standard ops of opset 24 only.
+
+    Args:
+        op_name: the op's ONNX name.
+        signature: names of inputs, names of outputs.
+        attributes: names of the attributes the node carries; the body does not refer to them.
+        lines: the statements.
+    """
+    inputs, outputs = signature
+    declared = f" <{', '.join(attributes)}>" if attributes else ""
+    return (
+        f'<domain: "{DOMAIN}", opset_import: ["" : 24]>\n'
+        f"{op_name}{declared} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{lines}\n}}"
+    )
+
+
+def ints(values: Sequence[int]) -> str:
+    """A list attribute in ONNX text: `[1, 2]`."""
+    return "[" + ", ".join(str(int(value)) for value in values) + "]"

@@ -1,0 +1,149 @@
+"""Checkpoint to bundle: which stages there are and what each of them writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moiie_export import __version__
+from moiie_export.bundle_files import copy_files, text_files
+from moiie_export.bundle_manifest import describe_model
+from moiie_export.completeness import prove
+from moiie_export.graph_stage import GRAPH_CODE, GRAPHS, write_graph
+from moiie_export.recipe import Recipe
+from moiie_export.source import ModelSource
+from moiie_export.stages import Progress, Stage, StagePlan, StageRecord, Workspace, fingerprint
+from moiie_export.weights_stage import WEIGHTS_CODE, WEIGHTS_FILE, planned_bytes, write_weights
+from moiie_runtime.errors import MoiieError
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and where to."""
+
+    checkpoint: Path
+    output: Path
+    recipe: Recipe
+    vision_tower: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would do: its stages, and the bytes of weights it would write."""
+
+    stages: list[StagePlan]
+    bytes: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished bundle: where, what was done, and its files with sha256 and size."""
+
+    path: Path
+    stages: list[StagePlan]
+    seconds: float
+    files: Mapping[str, Mapping[str, Any]]
+
+
+def plan(request: ExportRequest) -> Plan:
+    """What `export_bundle` would do. The checkpoint is opened, checked and hashed; nothing is written."""
+    with _open(request) as source:
+        stages = _stages(request, source)
+        workspace = Workspace.look(request.output)
+        name = describe_model(source, request.recipe, _capacity(request, source))["name"]
+        return Plan(workspace.plan(stages, request.force), planned_bytes(source, request.recipe.export.dtype), name)
+
+
+def export_bundle(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
+    """Export a checkpoint to a bundle, reusing what an earlier, interrupted or finished export left.
+
+    Returns:
+        The finished bundle. The output path does not exist before it is complete.
+
+    Raises:
+        MoiieError: anything in checkpoint, tower or recipe that is wrong or not implemented, by name.
+    """
+    started = time.monotonic()
+    report = progress or (lambda *_: None)
+    with _open(request) as source:
+        stages = _stages(request, source)
+        workspace = Workspace.look(request.output)
+        plans = workspace.plan(stages, request.force)
+        complete = workspace.base == request.output and all(p.action == "cached" for p in plans)
+        if complete and set(workspace.records) == {stage.name for stage in stages}:
+            return ExportResult(request.output, plans, time.monotonic() - started, _files(workspace.records))
+        with workspace.locked():
+            records = workspace.execute(stages, report, request.force)
+            manifest = _manifest(request, source, records)
+            workspace.finish(manifest, list(manifest["files"]))
+    return ExportResult(request.output, plans, time.monotonic() - started, manifest["files"])
+
+
+def _open(request: ExportRequest) -> ModelSource:
+    return ModelSource.open(request.checkpoint, request.vision_tower or request.recipe.model.vision_tower)
+
+
+def _capacity(request: ExportRequest, source: ModelSource) -> int:
+    config, wanted = source.config, request.recipe.export.max_context
+    if wanted is not None and wanted > config.text.max_position_embeddings:
+        raise MoiieError(
+            f"export.max_context: {wanted} is more than the model's {config.text.max_position_embeddings} positions",
+            f"use --max-context {config.text.max_position_embeddings} or less",
+        )
+    return wanted or config.max_context
+
+
+def _stages(request: ExportRequest, source: ModelSource) -> list[Stage]:
+    """Weights first: the graphs refer to their offsets."""
+    dtype, capacity = request.recipe.export.dtype, _capacity(request, source)
+    weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), dtype)
+    graphs = fingerprint(GRAPH_CODE, repr(source.config), dtype, capacity)
+    texts = text_files(source)
+
+    def graph_stage(name: str) -> Callable[[Path, Progress], Mapping[str, Any]]:
+        return lambda directory, _: write_graph(name, source, capacity, directory)
+
+    return [
+        Stage(
+            "weights",
+            weights,
+            (WEIGHTS_FILE,),
+            lambda directory, progress: write_weights(source, dtype, directory / WEIGHTS_FILE, progress),
+        ),
+        *(
+            Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name))
+            for name in GRAPHS
+        ),
+        Stage("files", fingerprint(texts), tuple(texts), lambda directory, _: copy_files(texts, directory)),
+    ]
+
+
+def _files(records: Mapping[str, StageRecord]) -> dict[str, Any]:
+    return {name: entry for record in records.values() for name, entry in record.files.items()}
+
+
+def _manifest(request: ExportRequest, source: ModelSource, records: Mapping[str, StageRecord]) -> dict[str, Any]:
+    graphs = {name: record.notes for name, record in records.items() if "inputs" in record.notes}
+    used = {name: list(notes["weights"]) for name, notes in graphs.items()}
+    phases = {name: name.removeprefix("decoder_") for name in graphs}
+    residency = {
+        phases[name]: {"weights": notes["weights"], "bytes": notes["weight_bytes"]} for name, notes in graphs.items()
+    }
+    return {
+        **describe_model(source, request.recipe, _capacity(request, source)),
+        "created_by": {"tool": "moiie-export", "version": __version__},
+        "source": {"checkpoint": source.checkpoint.path.resolve().name, "files": source.hashes},
+        "components": {
+            name: {"file": f"onnx/{name}.onnx", **{key: notes[key] for key in ("inputs", "outputs", "op_counts", "weights")}}
+            for name, notes in graphs.items()
+        },
+        "residency": residency,
+        "completeness": prove(source.config, source.weight_map, used),
+        "files": _files(records),
+        "stages": {name: vars(record) for name, record in records.items()},
+    }

@@ -1,0 +1,44 @@
+"""The strings around a question, exactly as the authors' conversation templates give them (spec moiie.md, 5.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """A conversation template.
+
+    Attributes:
+        system: the text in front of everything.
+        template: Jinja text of the whole prompt; gets `system`, `messages` (role, content) and `add_generation_prompt`.
+        stop_string: what ends an answer; also the token that stops generation where `stop_is_forced`.
+        stop_is_forced: the authors' loader overrides the configured end token by `stop_string` (LLaMA, spec 5.4).
+    """
+
+    system: str
+    template: str
+    stop_string: str
+    stop_is_forced: bool = False
+
+
+def _template(separator: str, stop: str) -> str:
+    """Two-separator style: `separator` behind the system text and every question, `stop` behind every answer."""
+    sep = f"{{{{ '{separator}' }}}}" if separator else ""
+    return (
+        f"{{{{ system }}}}{sep}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}USER: {{ message['content'] }}" + sep + "{% else %}"
+        f"ASSISTANT: {{{{ message['content'] }}}}{stop}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+
+
+PHI3 = PromptStyle(_SYSTEM, _template(" ", "<|endoftext|>"), "<|endoftext|>")
+LLAMA3 = PromptStyle(_SYSTEM, _template("", "<|end_of_text|>"), "<|end_of_text|>", stop_is_forced=True)

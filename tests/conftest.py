@@ -1,0 +1,88 @@
+"""Fixtures shared by all tests: the golden cases, and each of them exported once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moiie_export.pipeline import ExportRequest, export_bundle
+from moiie_export.recipe import load_recipe
+from moiie_runtime.tensors import TensorFile
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+CASES = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """Numbers of the authors' own code for one tiny checkpoint (tests/golden/README.md)."""
+
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The case's directory."""
+        return GOLDEN / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """Its checkpoint directory."""
+        return self.path / "checkpoint"
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """case.json."""
+        about: dict[str, Any] = json.loads((self.path / "case.json").read_text(encoding="utf-8"))
+        return about
+
+    @cached_property
+    def expected(self) -> dict[str, np.ndarray]:
+        """Every expected tensor."""
+        file = TensorFile(self.path / "expected.safetensors")
+        return {name: np.array(file[name]) for name in file}
+
+    @property
+    def images(self) -> list[Path]:
+        """Its pictures, in order."""
+        return [self.path / name for name in self.about["images"]]
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """Keyword arguments for numpy.testing.assert_allclose."""
+        return {key: self.about["suggested_tolerance"][key] for key in ("atol", "rtol")}
+
+
+@pytest.fixture(scope="session", params=CASES)
+def golden(request: pytest.FixtureRequest) -> GoldenCase:
+    """Each golden case in turn."""
+    return GoldenCase(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden_bundle() -> Callable[[str], Path]:
+    """Case name -> its exported bundle.
+
+    Bundles are kept in build/ under a hash of the exporter's sources, so that a second run of the tests, or a second
+    worker, exports nothing.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "moiie_export").rglob("*.py"), *(ROOT / "runtime").glob("tensor*.py")]):
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "test-bundles" / digest.hexdigest()[:16]
+
+    def export(name: str) -> Path:
+        case = GoldenCase(name)
+        if not (folder / name).is_dir():
+            export_bundle(ExportRequest(case.checkpoint, folder / name, load_recipe("default")))
+        return folder / name
+
+    return export
