@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moiie_export.config import MoeConfig
+from moiie_export.model_config import MoeConfig
 from moiie_export.recipe import Recipe
 from moiie_export.source import ModelSource
 from moiie_runtime.errors import MoiieError

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
-from moiie_export.config import ModelConfig
+from moiie_export.model_config import ModelConfig
 from moiie_export.weights import WeightMap
 from moiie_runtime.errors import MoiieError
 

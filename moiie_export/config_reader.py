@@ -27,7 +27,9 @@ class ConfigReader:
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise MoiieError(f"{self._where}: {key}: missing", f"add {key} to {self._where}; the model has no default for it")
+            raise MoiieError(
+                f"{self._where}: {key}: missing", f"add {key} to {self._where}; the model has no default for it"
+            )
         return default
 
     def text(self, key: str, default: Any = _REQUIRED) -> str:

@@ -15,7 +15,7 @@ from moiie_runtime.tensors import read_header
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH_CODE = 1
+GRAPH_CODE = 2
 """Raised whenever tracing or passes would write another graph for the same model."""
 
 GRAPHS = ("vision_encoder", "decoder_prefill", "decoder_decode")
@@ -61,7 +61,9 @@ def _check(path: Path, name: str) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise MoiieError(f"{name}: the exported graph is not valid ONNX: {error}", "this is a defect of the exporter") from error
+        raise MoiieError(
+            f"{name}: the exported graph is not valid ONNX: {error}", "this is a defect of the exporter"
+        ) from error
 
 
 def _describe(model: ir.Model, source: ModelSource) -> dict[str, Any]:

@@ -115,10 +115,7 @@ def _stages(request: ExportRequest, source: ModelSource) -> list[Stage]:
             (WEIGHTS_FILE,),
             lambda directory, progress: write_weights(source, dtype, directory / WEIGHTS_FILE, progress),
         ),
-        *(
-            Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name))
-            for name in GRAPHS
-        ),
+        *(Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name)) for name in GRAPHS),
         Stage("files", fingerprint(texts), tuple(texts), lambda directory, _: copy_files(texts, directory)),
     ]
 
@@ -139,7 +136,10 @@ def _manifest(request: ExportRequest, source: ModelSource, records: Mapping[str,
         "created_by": {"tool": "moiie-export", "version": __version__},
         "source": {"checkpoint": source.checkpoint.path.resolve().name, "files": source.hashes},
         "components": {
-            name: {"file": f"onnx/{name}.onnx", **{key: notes[key] for key in ("inputs", "outputs", "op_counts", "weights")}}
+            name: {
+                "file": f"onnx/{name}.onnx",
+                **{key: notes[key] for key in ("inputs", "outputs", "op_counts", "weights")},
+            }
             for name, notes in graphs.items()
         },
         "residency": residency,

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from moiie_export.checkpoint import CONFIG, CONFIG_LIMIT, Checkpoint, check_finite
-from moiie_export.config import PUBLISHED_TOWER, ModelConfig, parse_config
+from moiie_export.checkpoint import Checkpoint, check_finite
+from moiie_export.checkpoint_files import CONFIG, CONFIG_LIMIT
+from moiie_export.config import PUBLISHED_TOWER, parse_config
+from moiie_export.model_config import ModelConfig
 from moiie_export.tokenizer_files import load_tokenizer
 from moiie_export.weight_map import CHECKPOINT, TOWER, build_weight_map
 from moiie_export.weights import Part, Weight, WeightMap, check_tensors
@@ -140,13 +142,18 @@ def _find_tower(checkpoint: Checkpoint, override: Path | None) -> tuple[Path | N
         candidates = []
     for path in candidates:
         if (path / CONFIG).is_file():
-            return path, read_json_object(path / CONFIG, CONFIG_LIMIT, "the tower's config.json is damaged: copy it again")
+            return path, read_json_object(
+                path / CONFIG, CONFIG_LIMIT, "the tower's config.json is damaged: copy it again"
+            )
     if override is None and not needed and isinstance(name, str) and _PUBLISHED_NAME in name:
         return None, dict(PUBLISHED_TOWER)
     looked = ", ".join(str(path) for path in candidates) or "nowhere: config.json names none"
-    reason = "its weights count, since unfreeze_vision_tower is false" if needed else "its config.json gives the tower's sizes"
+    reason = (
+        "its weights count (unfreeze_vision_tower is false)" if needed else "its config.json gives the tower's sizes"
+    )
     raise MoiieError(
-        f"{checkpoint.path / CONFIG}: mm_vision_tower: no directory with a config.json for {name!r} ({reason}); looked in: {looked}",
+        f"{checkpoint.path / CONFIG}: mm_vision_tower: found no directory with a config.json for {name!r};"
+        f" it is needed: {reason}; looked in: {looked}",
         "pass the SigLIP directory: --vision-tower DIR",
     )
 
@@ -163,14 +170,17 @@ def _with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, directory: Path) 
     if config.prompt.stop_is_forced:
         stop = tokenizer.token_to_id(config.prompt.stop_string)
         if stop is None:
-            raise MoiieError(f"{directory}: the tokenizer has no {config.prompt.stop_string!r}, which ends every answer")
+            raise MoiieError(
+                f"{directory}: the tokenizer has no {config.prompt.stop_string!r}, which ends every answer"
+            )
         return replace(config, eos_token_id=(stop,))
     generation = directory / "generation_config.json"
     if generation.is_file():
         configured = read_json_object(generation, CONFIG_LIMIT, "copy it again, or delete it").get("eos_token_id")
         ids = configured if isinstance(configured, list) else [configured]
-        if all(type(token) is int and 0 <= token < entries for token in ids):
-            return replace(config, eos_token_id=tuple(ids))
+        known = tuple(token for token in ids if type(token) is int and 0 <= token < entries)
+        if len(known) == len(ids):
+            return replace(config, eos_token_id=known)
     return config
 
 
@@ -178,8 +188,6 @@ def _checked_map(config: ModelConfig, checkpoint: Checkpoint, tower: Checkpoint 
     opened = {CHECKPOINT: checkpoint} | ({} if tower is None else {TOWER: tower})
     rows = checkpoint.config["vocab_size"]
     weight_map = build_weight_map(config, rows, {source: files.tensors for source, files in opened.items()})
-    shapes = {
-        source: {name: entry.shape for name, entry in files.tensors.items()} for source, files in opened.items()
-    }
+    shapes = {source: {name: entry.shape for name, entry in files.tensors.items()} for source, files in opened.items()}
     check_tensors(weight_map, shapes, {source: str(files.path) for source, files in opened.items()})
     return weight_map

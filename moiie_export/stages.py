@@ -158,7 +158,8 @@ class Workspace:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise MoiieError(f"{self.partial}: another export is writing here", "wait for it, or choose another -o") from error
+                hint = "wait for it, or choose another -o"
+                raise MoiieError(f"{self.partial}: another export is writing here", hint) from error
             yield
 
     def _why_run(self, stage: Stage) -> str | None:

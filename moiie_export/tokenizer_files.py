@@ -11,7 +11,10 @@ from tokenizers.processors import TemplateProcessing
 
 from moiie_runtime.errors import MissingDependency, MoiieError
 
-_HINT = "copy tokenizer.json from the base model, or write it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+_HINT = (
+    "copy tokenizer.json from the base model, or write it with transformers:"
+    " AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -67,7 +70,9 @@ def _convert(directory: Path) -> Tokenizer:
         converted = AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
         return Tokenizer.from_str(converted.backend_tokenizer.to_str())
     except Exception as error:  # every library underneath raises its own kind
-        raise MoiieError(f"{directory}: no tokenizer.json, and no other tokenizer that converts to one", _HINT) from error
+        raise MoiieError(
+            f"{directory}: no tokenizer.json, and no other tokenizer that converts to one", _HINT
+        ) from error
 
 
 def _token(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from moiie_export.config import ModelConfig, MoeConfig, VisionConfig
+from moiie_export.model_config import ModelConfig, MoeConfig, VisionConfig
 from moiie_export.weights import Part, Shape, Weight, WeightMap
 
 CHECKPOINT, TOWER = "checkpoint", "vision_tower"
@@ -13,9 +13,7 @@ _TOWER_IN_CHECKPOINT = "model.vision_tower.vision_tower.vision_model."
 _TOWER_ALONE = "vision_model."
 
 
-def build_weight_map(
-    config: ModelConfig, checkpoint_rows: int, names: Mapping[str, Iterable[str]]
-) -> WeightMap:
+def build_weight_map(config: ModelConfig, checkpoint_rows: int, names: Mapping[str, Iterable[str]]) -> WeightMap:
     """Map every tensor of the files to the bundle.
 
     Args:
@@ -104,7 +102,9 @@ def _decoder_weights(config: ModelConfig) -> Iterator[Weight]:
             yield from _expert_weights(config, config.moe, theirs + "mlp.", ours + "mlp.")
         else:
             yield Weight(
-                ours + "mlp.gate_up_proj.weight", (2 * text.intermediate_size, hidden), _gate_up(config, theirs + "mlp.")
+                ours + "mlp.gate_up_proj.weight",
+                (2 * text.intermediate_size, hidden),
+                _gate_up(config, theirs + "mlp."),
             )
             down = "mlp.down_proj.weight"
             yield _whole(ours + down, theirs + down, (hidden, text.intermediate_size))

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moiie_export.config import ModelConfig
 from moiie_export.model.decoder import Decoder, DecoderOutput
 from moiie_export.model.layers import KeyValue
 from moiie_export.model.vlm import VisionEncoder, VlmModel
+from moiie_export.model_config import ModelConfig
 
 Dims = tuple[int | str, ...]
 
@@ -174,7 +174,10 @@ def _decoder_outputs(
     config: ModelConfig, capacity: int, kept: int | str, tokens: str
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     text, moe = config.text, config.moe
-    outputs = [Tensor("logits", torch.float32, ("batch", kept, text.vocab_size)), *_buffers(config, capacity, "present")]
+    outputs = [
+        Tensor("logits", torch.float32, ("batch", kept, text.vocab_size)),
+        *_buffers(config, capacity, "present"),
+    ]
     for layer in moe.layers if moe else ():
         if moe is None:
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx.parser
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from moiie_export.graph.components import Component
 from moiie_export.ops import DOMAIN, OPS
@@ -34,6 +35,13 @@ def drop_probes(model: ir.Model, context: PassContext) -> None:
     kept = [value for value in model.graph.outputs if value.name not in probes]
     model.graph.outputs.clear()
     model.graph.outputs.extend(kept)
+
+
+def tidy(model: ir.Model, context: PassContext) -> None:
+    """Merge equal nodes and constants, drop identities and what nothing reads."""
+    common.IdentityEliminationPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def attach_weights(model: ir.Model, context: PassContext) -> None:
@@ -118,7 +126,9 @@ def check_attributes(model: ir.Model, context: PassContext) -> None:
             continue
         unknown = set(node.attributes) ^ set(OPS[node.op_type].attributes)
         if unknown:
-            raise MoiieError(f"{context.component.name}: node {node.name}: unexpected or missing attributes {sorted(unknown)}")
+            raise MoiieError(
+                f"{context.component.name}: node {node.name}: unexpected or missing attributes {sorted(unknown)}"
+            )
 
 
 def attach_bodies(model: ir.Model, context: PassContext) -> None:
@@ -133,7 +143,7 @@ def attach_bodies(model: ir.Model, context: PassContext) -> None:
         known = overloads.setdefault(op.name, [])
         if text not in known:
             known.append(text)
-            function = ir.from_proto(onnx.parser.parse_function(text))
+            function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
             overload = "" if len(known) == 1 else str(len(known))
             function.overload = overload
             model.functions[(DOMAIN, op.name, overload)] = function
@@ -144,6 +154,7 @@ def attach_bodies(model: ir.Model, context: PassContext) -> None:
 
 PORTABLE: tuple[Callable[[ir.Model, PassContext], None], ...] = (
     drop_probes,
+    tidy,
     attach_weights,
     strip_metadata,
     check_attributes,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moiie_export.config import ModelConfig
 from moiie_export.model.layers import Attention, GatedMlp, KeyValue, RMSNorm, rotary_angles
 from moiie_export.model.moe import MoeBlock, Routing
+from moiie_export.model_config import ModelConfig
 
 
 @dataclass
@@ -40,10 +40,10 @@ class DecoderLayer(nn.Module):
         token_modality: torch.Tensor | None,
         angles: KeyValue,
         past: KeyValue,
-        past_lengths: torch.Tensor,
+        positions: torch.Tensor,
     ) -> tuple[torch.Tensor, KeyValue, Routing | None]:
         """x [N, H] -> residual stream [N, H], updated buffers, routing."""
-        attended, present = self.self_attn(self.input_layernorm(x), angles, past, past_lengths)
+        attended, present = self.self_attn(self.input_layernorm(x), angles, past, positions)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoeBlock):
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         x = inputs_embeds.reshape(batch * tokens, width)
         hidden, present, routings = [], [], []
         for layer, past in zip(self.layers, past_key_values, strict=True):
-            x, buffers, routing = layer(x, modality, angles, past, past_lengths)
+            x, buffers, routing = layer(x, modality, angles, past, positions)
             hidden.append(x)
             present.append(buffers)
             routings.append(routing)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 from torch import nn
 
-from moiie_export.config import TextConfig
+from moiie_export.model_config import TextConfig
 from moiie_export.ops.cached_attention import cached_attention
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -52,15 +52,16 @@ class Attention(nn.Module):
         self.window = config.visible_keys or 0
 
     def forward(
-        self, x: torch.Tensor, angles: KeyValue, past: KeyValue, past_lengths: torch.Tensor
+        self, x: torch.Tensor, angles: KeyValue, past: KeyValue, positions: torch.Tensor
     ) -> tuple[torch.Tensor, KeyValue]:
-        """x [N, H] -> attention output [N, H] and the updated key and value buffers [B, Hkv, S, D]."""
-        batch, tokens = angles[0].shape[:2]
+        """x [N, H], positions [B, T] -> attention output [N, H], updated key and value buffers [B, Hkv, S, D]."""
+        batch, tokens = positions.shape
         qkv = self.qkv_proj(x).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
-        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        query = torch.onnx.ops.rotary_embedding(query, *angles)
-        key = torch.onnx.ops.rotary_embedding(key, *angles)
-        out, keys, values = cached_attention(query, key, value, *past, past_lengths, self.window)
+        # slices, not split(): the exporter turns split into sequence ops, which few runtimes take
+        query = torch.onnx.ops.rotary_embedding(qkv[:, : self.heads], *angles)
+        key = torch.onnx.ops.rotary_embedding(qkv[:, self.heads : self.heads + self.kv_heads], *angles)
+        value = qkv[:, self.heads + self.kv_heads :]
+        out, keys, values = cached_attention(query, key, value, *past, positions, self.window)
         return self.o_proj(out.transpose(1, 2).reshape(batch * tokens, -1)), (keys, values)
 
 
@@ -74,5 +75,6 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, H] -> [N, H]
         """down(silu(gate) * up)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        gate, up = gate_up[:, : self.down_proj.in_features], gate_up[:, self.down_proj.in_features :]
         return self.down_proj(F.silu(gate) * up)

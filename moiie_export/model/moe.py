@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moiie_export.config import MoeConfig, TextConfig
+from moiie_export.model_config import MoeConfig, TextConfig
 from moiie_export.ops.expert_dispatch import expert_dispatch
 from moiie_export.ops.modality_router import modality_router
 from moiie_export.ops.topk_route import topk_route
@@ -77,4 +77,5 @@ class MoeBlock(nn.Module):
             list(groups["vision"]),
             self.moe.num_experts,
         )
-        return Routing(*topk_route(logits, self.moe.top_k), logits)
+        ids, weights = topk_route(logits, self.moe.top_k)
+        return Routing(ids, weights, logits)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 from torch import nn
 
-from moiie_export.config import VisionConfig
+from moiie_export.model_config import VisionConfig
 
 
 class Embeddings(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moiie_export.config import ModelConfig
 from moiie_export.model.decoder import Decoder
 from moiie_export.model.siglip import SiglipTower
+from moiie_export.model_config import ModelConfig
 
 
 class VisionEncoder(nn.Module):

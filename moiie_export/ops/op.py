@@ -45,7 +45,9 @@ class Op:
     torch_arguments: tuple[str, ...] = field(default=())
 
 
-def function_text(op_name: str, signature: tuple[Sequence[str], Sequence[str]], attributes: Attributes, lines: str) -> str:
+def function_text(
+    op_name: str, signature: tuple[Sequence[str], Sequence[str]], attributes: Attributes, lines: str
+) -> str:
     """ONNX text of a function in domain `moiie` whose body uses standard ops of opset 24 only.
 
     Args:
