@@ -58,7 +58,7 @@ def parse_config(raw: Mapping[str, Any], tower: Mapping[str, Any] | None, where:
         text=text,
         vision=vision,
         moe=moe,
-        projector=_projector(reader, vision),
+        projector=_projector(reader, vision, text.hidden_size),
         image_aspect_ratio="pad" if reader.text("image_aspect_ratio", "square") == "pad" else "square",
         prompt=family.prompt,
         max_context=min(reader.integer("tokenizer_model_max_length", 4096), text.max_position_embeddings),
@@ -73,6 +73,7 @@ def parse_config(raw: Mapping[str, Any], tower: Mapping[str, Any] | None, where:
 
 def _refuse_unimplemented(reader: ConfigReader) -> None:
     reader.only("rope_scaling", None)
+    reader.only("rope_parameters", None)
     reader.only("hidden_act", "silu")
     reader.only("attention_bias", False)
     reader.only("mlp_bias", False)
@@ -215,7 +216,10 @@ def _vision(reader: ConfigReader, tower: Mapping[str, Any] | None) -> VisionConf
     if tower is None:
         tower = PUBLISHED_TOWER
     if tower.get("model_type") == "siglip":
-        tower = {"model_type": "siglip_vision_model", **(tower.get("vision_config") or {})}
+        vision_half = tower.get("vision_config") or {}
+        if not isinstance(vision_half, dict):
+            raise ConfigReader(tower, "vision tower config.json").error("vision_config", "an object")
+        tower = {"model_type": "siglip_vision_model", **vision_half}
     tower_reader = ConfigReader(tower, "vision tower config.json")
     tower_reader.only("model_type", "siglip_vision_model")
     tower_reader.only("hidden_act", "gelu_pytorch_tanh")
@@ -242,23 +246,29 @@ def _scales(reader: ConfigReader, image_size: int) -> tuple[int, ...]:
     """S2 scales ascending; the smallest is the tower's own size, the rest are multiples of it (spec 1.2)."""
     value = reader.get("s2_scales", "384,768,1152")
     try:
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        scales = tuple(sorted(int(part) for part in parts))
-    except (TypeError, ValueError):
-        raise reader.error("s2_scales", "sizes in pixels joined by commas") from None
-    if not scales or scales[0] != image_size or any(s % image_size for s in scales):
-        raise reader.error("s2_scales", f"multiples of the tower's image size {image_size}, the smallest equal to it")
+        parts = [int(part) for part in value.split(",")] if isinstance(value, str) else value
+    except ValueError:
+        parts = None
+    if not isinstance(parts, list) or not all(type(part) is int for part in parts):
+        raise reader.error("s2_scales", "sizes in pixels, joined by commas or as a list")
+    scales = tuple(sorted(set(parts)))
+    if len(scales) != len(parts) or scales[:1] != (image_size,) or any(s % image_size for s in scales):
+        raise reader.error(
+            "s2_scales", f"different multiples of the tower's image size {image_size}, the smallest equal to it"
+        )
     return scales
 
 
-def _projector(reader: ConfigReader, vision: VisionConfig) -> str:
+def _projector(reader: ConfigReader, vision: VisionConfig, hidden_size: int) -> str:
     width = reader.integer("mm_hidden_size", vision.feature_size)
     if width != vision.feature_size:
         wanted = f"{vision.feature_size}, what the tower gives with use_s2 {str(bool(vision.scales)).lower()}"
         raise reader.error("mm_hidden_size", wanted)
-    kind = reader.text("mm_projector_type", "linear")
+    kind = reader.text("mm_projector_type", "mlp2x_gelu")
     if kind not in ("identity", "linear") and projector_depth(kind) < 1:
         raise reader.error("mm_projector_type", "'mlpNx_gelu', 'linear' or 'identity' (no other is implemented)")
+    if kind == "identity" and width != hidden_size:
+        raise reader.error("mm_projector_type", f"layers that take {width} features to hidden_size = {hidden_size}")
     return kind
 
 

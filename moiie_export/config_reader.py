@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ class ConfigReader:
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A positive finite number."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.error(key, "a positive number")
         return float(value)
 

@@ -150,4 +150,4 @@ def projector_depth(kind: str) -> int:
     if kind == "linear":
         return 1
     digits = kind.removeprefix("mlp").removesuffix("x_gelu")
-    return int(digits) if kind == f"mlp{digits}x_gelu" and digits.isdecimal() else 0
+    return int(digits) if kind == f"mlp{digits}x_gelu" and digits.isdecimal() and len(digits) < 3 else 0

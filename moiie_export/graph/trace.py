@@ -14,7 +14,7 @@ from moiie_export.graph.components import Component, Tensor
 from moiie_export.graph.translation import translation_table
 from moiie_export.model.vlm import VlmModel
 
-OPSET = 24
+OPSET = 23
 
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.int32: ir.DataType.INT32, torch.int64: ir.DataType.INT64}
 

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         query = torch.onnx.ops.rotary_embedding(qkv[:, : self.heads], *angles)
         key = torch.onnx.ops.rotary_embedding(qkv[:, self.heads : self.heads + self.kv_heads], *angles)
         value = qkv[:, self.heads + self.kv_heads :]
-        out, keys, values = cached_attention(query, key, value, *past, positions, self.window)
+        out, keys, values = cached_attention(query, key, value, *past, positions, self.kv_heads, self.window)
         return self.o_proj(out.transpose(1, 2).reshape(batch * tokens, -1)), (keys, values)
 
 

@@ -9,7 +9,8 @@ own included (Phi-3: sliding_window + 1, spec moiie.md 4.5).
 Rows shorter than T are padded on the right: their padding is written behind the row's length, where no token looks and
 the next step overwrites it.
 
-The mask follows from positions alone, so that a runtime which merges equal nodes computes it once for all layers.
+Mask and slots follow from positions and attributes alone (attribute `num_key_value_heads` repeats Hkv for that), so that
+a runtime which merges equal nodes computes them once for all layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 
 import torch
 
-from moiie_export.ops.op import Attributes, Op, Port, function_text
+from moiie_export.ops.op import Attributes, Op, Port, function_text, scalar, vector
 
 
 @torch.library.custom_op("moiie::cached_attention", mutates_args=())
@@ -29,6 +30,7 @@ def cached_attention(
     past_key: torch.Tensor,
     past_value: torch.Tensor,
     positions: torch.Tensor,
+    num_key_value_heads: int,
     local_window_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention output and the updated buffers; scores scaled by 1/sqrt(D), softmax in float32."""
@@ -59,34 +61,60 @@ def _(
     past_key: torch.Tensor,
     past_value: torch.Tensor,
     positions: torch.Tensor,
+    num_key_value_heads: int,
     local_window_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
 
 
-def _body(attributes: Attributes, _: int) -> str:
-    """Static buffers, but work that grows with what they hold: keys are cut to the longest row before attention."""
-    window = int(attributes["local_window_size"])
-    lines = """
-    first = Constant <value_int = 0> ()
-    step = Constant <value_int = 1> ()
-    zero = Constant <value_ints = [0]> ()
-    slot_axis = Constant <value_ints = [2]> ()
-    starts = Gather <axis = 1> (positions, first)
-    present_key = TensorScatter <axis = -2> (past_key, key, starts)
-    present_value = TensorScatter <axis = -2> (past_value, value, starts)
+_WRITE = (
+    scalar("first", 0)
+    + scalar("step", 1)
+    + vector("zero", [0])
+    + vector("one", [1])
+    + vector("row_axes", [1, 2, 3])
+    + vector("head_axes", [1, 2])
+    + vector("column_axes", [1, 3])
+    + """
+    rows = Shape <start = 0, end = 1> (positions)
+    tokens = Shape <start = 1, end = 2> (positions)
+    target = Concat <axis = 0> (rows, heads, tokens, one)
+    row_count = Squeeze (rows)
+    row = Range (first, row_count, step)
+    head = Range (first, head_count, step)
+    row_cube = Unsqueeze (row, row_axes)
+    head_cube = Unsqueeze (head, head_axes)
+    column = Unsqueeze (positions, column_axes)
+    row_index = Expand (row_cube, target)
+    head_index = Expand (head_cube, target)
+    position_index = Expand (column, target)
+    slot_index = Concat <axis = -1> (row_index, head_index, position_index)
+    present_key = ScatterND (past_key, slot_index, key)
+    present_value = ScatterND (past_value, slot_index, value)"""
+)
+"""Writes in place where past and present are one buffer. Not TensorScatter: no ONNX Runtime for Python 3.10 has it."""
+
+_MASK = (
+    vector("slot_axis", [2])
+    + """
     furthest = ReduceMax <keepdims = 0> (positions)
     slot_count = Add (furthest, step)
     total = Unsqueeze (slot_count, zero)
     keys = Slice (present_key, zero, total, slot_axis)
     values = Slice (present_value, zero, total, slot_axis)
     slots = Range (first, slot_count, step)
-    heads_axis_and_slot_axis = Constant <value_ints = [1, 3]> ()
-    column = Unsqueeze (positions, heads_axis_and_slot_axis)
     causal = LessOrEqual (slots, column)"""
+)
+"""Static buffers, but work that grows with what they hold: keys are cut to the longest row before attention."""
+
+
+def _body(attributes: Attributes, _: int) -> str:
+    heads = int(attributes["num_key_value_heads"])
+    lines = vector("heads", [heads]) + scalar("head_count", heads) + _WRITE + _MASK
+    window = int(attributes["local_window_size"])
     if window > 0:
-        lines += f"""
-    window = Constant <value_int = {window}> ()
+        lines += scalar("window", window)
+        lines += """
     oldest = Sub (column, window)
     near = Greater (slots, oldest)
     seen = And (causal, near)"""
@@ -114,7 +142,16 @@ OP = Op(
         Port("present_key", "tensor(float)"),
         Port("present_value", "tensor(float)"),
     ),
-    attributes={"local_window_size": "int"},
+    attributes={"num_key_value_heads": "int", "local_window_size": "int"},
     body=_body,
-    torch_arguments=("query", "key", "value", "past_key", "past_value", "positions", "local_window_size"),
+    torch_arguments=(
+        "query",
+        "key",
+        "value",
+        "past_key",
+        "past_value",
+        "positions",
+        "num_key_value_heads",
+        "local_window_size",
+    ),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
-from moiie_export.ops.op import Attributes, Op, Port, function_text
+from moiie_export.ops.op import Attributes, Op, Port, function_text, scalar, vector
 
 
 @torch.library.custom_op("moiie::expert_dispatch", mutates_args=())
@@ -50,8 +50,7 @@ def _(
 
 def _expert_lines(index: int, expert: int, total: str) -> str:
     """Statements for one expert: gather the rows routed to it, run it, add its weighted rows to the sum so far."""
-    return f"""
-    id_{index} = Constant <value = int32 {{{expert}}}> ()
+    return f"""{scalar(f"id_{index}", expert, "int32")}
     hit_{index} = Equal (expert_ids, id_{index})
     where_{index} = NonZero (hit_{index})
     rows_{index} = Gather <axis = 0> (where_{index}, zero)
@@ -72,9 +71,8 @@ def _expert_lines(index: int, expert: int, total: str) -> str:
 
 def _body(attributes: Attributes, _: int) -> str:
     experts = list(attributes["experts"])
-    lines = """
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_ints = [1]> ()
+    lines = scalar("zero", 0) + vector("one", [1])
+    lines += """
     shape = Shape (hidden)
     sum_0 = ConstantOfShape <value = float[1] {0}> (shape)"""
     for index, expert in enumerate(experts):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from moiie_export.ops.op import Attributes, Op, Port, function_text, ints
+from moiie_export.ops.op import Attributes, Op, Port, function_text, scalar, vector
 
 
 @torch.library.custom_op("moiie::modality_router", mutates_args=())
@@ -56,18 +56,17 @@ def _(
 def _spread_lines(gate: str, experts: list[int], num_experts: int) -> str:
     """Statements that place a gate's logits: a column of -inf is appended and gathered where no gate row goes."""
     columns = [experts.index(e) if e in experts else len(experts) for e in range(num_experts)]
-    return f"""
+    return f"""{vector(f"{gate}_columns", columns)}
     {gate}_logits = Gemm <transB = 1> (hidden, w_{gate})
     {gate}_padded = Concat <axis = 1> ({gate}_logits, nowhere)
-    {gate}_columns = Constant <value_ints = {ints(columns)}> ()
     {gate} = Gather <axis = 1> ({gate}_padded, {gate}_columns)"""
 
 
 def _body(attributes: Attributes, input_count: int) -> str:
     count = attributes["num_experts"]
-    lines = """
-    lowest = Constant <value_float = -inf> ()
-    one = Constant <value_ints = [1]> ()
+    lines = vector("one", [1])
+    lines += """
+    lowest = Constant <value = float {-inf}> ()
     tokens = Shape <start = 0, end = 1> (hidden)
     column = Concat <axis = 0> (tokens, one)
     nowhere = Expand (lowest, column)"""
@@ -76,8 +75,8 @@ def _body(attributes: Attributes, input_count: int) -> str:
     if input_count > 2:
         inputs += ["token_modality", "w_vision"]
         lines += _spread_lines("vision", list(attributes["vision_experts"]), count)
+        lines += scalar("is_vision_type", 1, "int32")
         lines += """
-    is_vision_type = Constant <value = int32 {1}> ()
     is_vision = Equal (token_modality, is_vision_type)
     is_vision_column = Unsqueeze (is_vision, one)
     logits = Where (is_vision_column, vision, language)"""

@@ -59,11 +59,16 @@ def function_text(
     inputs, outputs = signature
     declared = f" <{', '.join(attributes)}>" if attributes else ""
     return (
-        f'<domain: "{DOMAIN}", opset_import: ["" : 24]>\n'
+        f'<domain: "{DOMAIN}", opset_import: ["" : 23]>\n'
         f"{op_name}{declared} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{lines}\n}}"
     )
 
 
-def ints(values: Sequence[int]) -> str:
-    """A list attribute in ONNX text: `[1, 2]`."""
-    return "[" + ", ".join(str(int(value)) for value in values) + "]"
+def vector(name: str, values: Sequence[int]) -> str:
+    """Statement: a constant list of int64. Written as a tensor, because older shape inference reads no other form."""
+    return f"\n    {name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
+
+
+def scalar(name: str, value: int, kind: str = "int64") -> str:
+    """Statement: a constant without dimensions."""
+    return f"\n    {name} = Constant <value = {kind} {{{value}}}> ()"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from moiie_export.ops.op import Attributes, Op, Port, function_text
+from moiie_export.ops.op import Attributes, Op, Port, function_text, vector
 
 
 @torch.library.custom_op("moiie::topk_route", mutates_args=())
@@ -27,9 +27,8 @@ def _(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _body(attributes: Attributes, _: int) -> str:
-    lines = f"""
-    k = Constant <value_ints = [{attributes["top_k"]}]> ()
-    last = Constant <value_ints = [-1]> ()
+    lines = vector("k", [attributes["top_k"]]) + vector("last", [-1])
+    lines += """
     probabilities = Softmax <axis = -1> (logits)
     chosen, ids = TopK <axis = -1, largest = 1, sorted = 1> (probabilities, k)
     total = ReduceSum <keepdims = 1> (chosen, last)

@@ -1,0 +1,294 @@
+"""The typed form of `bundle.json`: what a bundle says about its model, its inputs and its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moiie_runtime.backends.session import TensorSpec
+from moiie_runtime.errors import MoiieError
+from moiie_runtime.fields import Fields
+
+SCHEMA = 1
+COMPONENTS = ("vision_encoder", "decoder_prefill", "decoder_decode")
+PHASES = ("vision_encoder", "prefill", "decode")
+_DAMAGED = "the bundle is damaged or was edited: write it again with `moiie export`"
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Experts of the sparse layers. `expert_groups` maps a modality to the expert ids its tokens may reach."""
+
+    num_experts: int
+    top_k: int
+    layers: tuple[int, ...]
+    expert_groups: Mapping[str, tuple[int, ...]]
+    routed: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of the decoder; `moe` is None for a dense model."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    sliding_window: int | None
+    moe: Moe | None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Special ids; one `image_marker` in a prompt becomes `image_placeholder` and stands for `image_tokens` rows."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    image_marker: str
+    image_placeholder: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Whether the last token of each run of image tokens is routed as language (spec 2.1)."""
+
+    last_image_token_is_language: bool
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes `pixel_values` (spec 5.1)."""
+
+    image_size: int
+    aspect_ratio: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float
+    resample: str
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """The system text and the string that ends an answer (spec 5.2)."""
+
+    system: str
+    stop_string: str
+
+
+@dataclass(frozen=True)
+class TensorReference:
+    """A tensor inside a safetensors file of the bundle."""
+
+    file: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class KvSettings:
+    """Layout of the static KV buffers; `capacity` is the largest context in tokens."""
+
+    layout: str
+    dtype: str
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph of the bundle."""
+
+    file: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """The stored weights that one phase touches, and their bytes on disk."""
+
+    weights: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Digest and size of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of `bundle.json` that the runtime uses."""
+
+    name: str
+    dtype: str
+    model: Model
+    tokens: Tokens
+    modality: Modality
+    processor: ImageSettings
+    prompt: PromptSettings
+    generation: Mapping[str, Any]
+    embed_tokens: TensorReference
+    kv_cache: KvSettings
+    components: Mapping[str, Component]
+    residency: Mapping[str, Residency]
+    files: Mapping[str, FileRecord]
+
+
+def read_manifest(data: Mapping[str, Any], file: str) -> Manifest:
+    """The typed manifest.
+
+    Args:
+        data: the parsed JSON object; keys that are not known here are ignored.
+        file: path of the document, for messages.
+
+    Raises:
+        MoiieError: a newer schema; a key that is missing, of the wrong type or that contradicts another.
+    """
+    top = Fields(data, file, hint=_DAMAGED)
+    _check_schema(top, file)
+    model = _model(top.child("model"))
+    kv_cache = top.child("kv_cache")
+    embed = top.child("embed_tokens")
+    prompt = top.child("prompt")
+    return Manifest(
+        name=top.string("name"),
+        dtype=top.string("dtype", ("float32", "float16")),
+        model=model,
+        tokens=_tokens(top.child("tokens"), model.vocab_size),
+        modality=Modality(top.child("modality").boolean("last_image_token_is_language")),
+        processor=_image_settings(top.child("processor")),
+        prompt=PromptSettings(prompt.string("system"), prompt.string("stop_string")),
+        generation=top.child("generation").data,
+        embed_tokens=TensorReference(embed.string("file"), embed.string("tensor")),
+        kv_cache=KvSettings(
+            kv_cache.string("layout", ("BNSH",)),
+            kv_cache.string("dtype", ("float32",)),
+            kv_cache.integer("capacity", 1),
+        ),
+        components=_components(top),
+        residency=_residency(top),
+        files={name: _file_record(fields) for name, fields in top.children("files").items()},
+    )
+
+
+def _check_schema(top: Fields, file: str) -> None:
+    schema = top.integer("schema", 1)
+    if schema > SCHEMA:
+        writer = top.optional_child("created_by")
+        version = writer.string("version") if writer is not None else None
+        raise MoiieError(
+            f"{file}: the bundle has schema {schema}; this version reads schema {SCHEMA}",
+            f'install a newer version: pip install "moiie-export>={version}"'
+            if version
+            else "install a newer version: pip install --upgrade moiie-export",
+        )
+
+
+def _model(fields: Fields) -> Model:
+    layers = fields.integer("num_hidden_layers", 1)
+    moe = fields.optional_child("moe")
+    return Model(
+        model_type=fields.string("model_type"),
+        hidden_size=fields.integer("hidden_size", 1),
+        num_hidden_layers=layers,
+        num_attention_heads=fields.integer("num_attention_heads", 1),
+        num_key_value_heads=fields.integer("num_key_value_heads", 1),
+        head_dim=fields.integer("head_dim", 1),
+        vocab_size=fields.integer("vocab_size", 1),
+        sliding_window=fields.optional_integer("sliding_window", 1),
+        moe=None if moe is None else _moe(moe, layers),
+    )
+
+
+def _moe(fields: Fields, num_hidden_layers: int) -> Moe:
+    experts = fields.integer("num_experts", 1)
+    groups = fields.child("expert_groups")
+    return Moe(
+        num_experts=experts,
+        top_k=fields.integer("top_k", 1, experts),
+        layers=fields.integers("layers", 0, num_hidden_layers - 1),
+        expert_groups={name: groups.integers(name, 0, experts - 1) for name in groups.data},
+        routed=fields.boolean("routed"),
+    )
+
+
+def _tokens(fields: Fields, vocab_size: int) -> Tokens:
+    marker = fields.string("image_marker")
+    if not marker:
+        raise fields.error("image_marker", "a string that is not empty")
+    return Tokens(
+        bos=fields.optional_integer("bos", 0),
+        eos=fields.integers("eos", 0),
+        pad=fields.optional_integer("pad", 0),
+        image_marker=marker,
+        # A placeholder that could be a token id would turn text into pictures.
+        image_placeholder=fields.integer("image_placeholder", -(2**31), -1),
+        image_tokens=fields.integer("image_tokens", 1),
+    )
+
+
+def _image_settings(fields: Fields) -> ImageSettings:
+    std = fields.numbers("std", 3)
+    if not all(value > 0 for value in std):
+        raise fields.error("std", "a list of 3 numbers above 0")
+    mean = fields.numbers("mean", 3)
+    if not all(0 <= value <= 1 for value in mean):
+        raise fields.error("mean", "a list of 3 numbers from 0 to 1")
+    return ImageSettings(
+        image_size=fields.integer("image_size", 1, 16384),
+        aspect_ratio=fields.string("aspect_ratio", ("pad", "square")),
+        mean=mean,
+        std=std,
+        rescale_factor=fields.number("rescale_factor"),
+        resample=fields.string("resample", ("bicubic",)),
+    )
+
+
+def _components(top: Fields) -> dict[str, Component]:
+    table = top.child("components")
+    for name in COMPONENTS:
+        table.child(name)
+    return {
+        name: Component(fields.string("file"), _specs(fields, "inputs"), _specs(fields, "outputs"))
+        for name, fields in top.children("components").items()
+    }
+
+
+def _residency(top: Fields) -> dict[str, Residency]:
+    table = top.child("residency")
+    for phase in PHASES:
+        table.child(phase)
+    return {
+        phase: Residency(fields.strings("weights"), fields.integer("bytes", 0))
+        for phase, fields in top.children("residency").items()
+    }
+
+
+def _specs(component: Fields, key: str) -> dict[str, TensorSpec]:
+    specs = {}
+    for fields in component.items(key):
+        shape = fields.data.get("shape")
+        if not isinstance(shape, list) or not all(_is_dimension(size) for size in shape):
+            raise fields.error("shape", "a list of sizes and dimension names")
+        specs[fields.string("name")] = TensorSpec(fields.string("dtype"), tuple(shape))
+    return specs
+
+
+def _is_dimension(size: Any) -> bool:
+    return isinstance(size, str) or (isinstance(size, int) and not isinstance(size, bool) and size >= 0)
+
+
+def _file_record(fields: Fields) -> FileRecord:
+    digest = fields.string("sha256")
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise fields.error("sha256", "64 hexadecimal digits")
+    return FileRecord(digest, fields.integer("bytes", 0))

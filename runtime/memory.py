@@ -1,0 +1,166 @@
+"""Predicted memory of a request, and the limit that refuses it before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from moiie_runtime.bundle import Bundle
+from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.tensors import TensorFile, TensorInfo
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FLOAT32 = 4
+_PROCESS = 100 * 2**20  # Python, numpy, ONNX Runtime and the tokenizer without a model
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a request is predicted to take at its peak.
+
+    Attributes:
+        weights: pages of the weight file that are used. They are mapped: the system can take them back. float16
+            weights are read once, into the copies.
+        copies: float32 copies that ONNX Runtime makes of float16 weights, for each graph of its own.
+        kv_cache: the part of the buffers that prompt and answer fill.
+        activations: intermediate results of the largest graph.
+        logits: of all positions that are kept.
+        process: the interpreter and its libraries.
+    """
+
+    weights: int
+    copies: int
+    kv_cache: int
+    activations: int
+    logits: int
+    process: int = _PROCESS
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        parts = [f"{field.name.replace('_', ' ')} {_readable(getattr(self, field.name))}" for field in fields(self)]
+        return f"{_readable(self.total)} ({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The size of a request.
+
+    Attributes:
+        batch: rows.
+        prompt_tokens: positions of the longest prompt.
+        new_tokens: tokens of the longest answer.
+        images: whether the vision encoder runs.
+        all_logits: whether the logits of every prompt position are kept.
+    """
+
+    batch: int = 1
+    prompt_tokens: int = 1
+    new_tokens: int = 1
+    images: bool = False
+    all_logits: bool = False
+
+
+SMALLEST = Request()
+
+
+def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstimate:
+    """The predicted peak of one request; by default of the smallest one.
+
+    The formulas were fitted to measurements with ONNX Runtime on a CPU and lean to the high side.
+
+    Args:
+        bundle: gives the sizes; only the header of its weight file is read.
+        request: what would be asked.
+    """
+    model = bundle.model
+    header = TensorFile(bundle.path(bundle.embed_tokens.file)).header
+    prefill, decode = bundle.residency["prefill"].bytes, bundle.residency["decode"].bytes
+    vision = bundle.residency["vision_encoder"].bytes if request.images else 0
+    copied = bundle.dtype == "float16"
+    activations = _decoder_activations(bundle, header, request)
+    if request.images:
+        activations = max(activations, _vision_activations(bundle, header))
+    positions = request.batch * min(request.prompt_tokens + request.new_tokens, bundle.kv_cache.capacity)
+    kept = request.batch * (request.prompt_tokens if request.all_logits else 1)
+    return MemoryEstimate(
+        weights=0 if copied else vision + max(prefill, decode),  # decode uses a part of what prefill uses
+        copies=2 * (vision + prefill + decode) if copied else 0,
+        kv_cache=2 * model.num_hidden_layers * positions * model.num_key_value_heads * model.head_dim * _FLOAT32,
+        activations=activations,
+        logits=kept * model.vocab_size * _FLOAT32,
+    )
+
+
+def check_memory(estimate: MemoryEstimate, limit: int | None, bundle: Bundle) -> None:
+    """Refuse what is predicted to exceed the limit.
+
+    Raises:
+        MissingDependency: with the prediction, the limit, and what would make it smaller.
+    """
+    if limit is None or estimate.total <= limit:
+        return
+    fixes = ["use a shorter prompt, fewer new tokens or a smaller batch", "give it more memory"]
+    if estimate.copies:
+        fixes.insert(0, "export with dtype float32, which needs no copies of the weights on a CPU")
+    raise MissingDependency(
+        f"{bundle.name}: predicted memory {estimate} exceeds the limit of {_readable(limit)}", "; or ".join(fixes)
+    )
+
+
+def parse_size(value: int | str) -> int:
+    """Bytes of a size such as 8589934592, "8GiB" or "500 MB".
+
+    Raises:
+        MoiieError: not a size, or not above 0.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = (
+        re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]{0,3})", value.strip(), re.I)
+        if isinstance(value, str)
+        else None
+    )
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or (size := int(float(match[1]) * unit)) < 1:
+        raise MoiieError(f"a memory size must be a number of bytes or a text such as 8GiB, got {value!r}")
+    return size
+
+
+def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> int:
+    """Attention scores and masks of one layer over the prompt, its projections, and the widest feed-forward."""
+    model, tokens = bundle.model, request.prompt_tokens
+    scores = request.batch * tokens * tokens * (model.num_attention_heads + 2)
+    widest = _widest(header, bundle.residency["prefill"].weights, model.vocab_size)
+    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    return _FLOAT32 * (scores + request.batch * tokens * (6 * model.hidden_size + 2 * heads + 2 * widest))
+
+
+def _vision_activations(bundle: Bundle, header: Mapping[str, TensorInfo]) -> int:
+    """One picture; with S2 all tiles of its largest scale run together."""
+    patches = [
+        info.shape for name in bundle.residency["vision_encoder"].weights if len((info := header[name]).shape) == 4
+    ]
+    hidden, patch = (patches[0][0], patches[0][-1]) if patches else (bundle.model.hidden_size, 14)
+    tokens = bundle.tokens.image_tokens
+    tiles = max(1, (bundle.processor.image_size // patch) ** 2 // tokens)
+    attention = 2 * tiles * max(1, hidden // 64) * tokens * tokens
+    feed_forward = 2 * tiles * tokens * _widest(header, bundle.residency["vision_encoder"].weights, 0)
+    return _FLOAT32 * (max(attention, feed_forward) + 6 * tiles * tokens * hidden)
+
+
+def _widest(header: Mapping[str, TensorInfo], names: Iterable[str], skipped: int) -> int:
+    """The largest output of a weight matrix, without those of the vocabulary."""
+    shapes = [header[name].shape for name in names if name in header]
+    return max((shape[-2] for shape in shapes if len(shape) in (2, 3) and shape[-2] != skipped), default=1)
+
+
+def _readable(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"

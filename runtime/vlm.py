@@ -1,0 +1,228 @@
+"""The model as a program uses it: messages in, text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from moiie_runtime.answer import Answer
+from moiie_runtime.backends import get_backend
+from moiie_runtime.backends.session import Session
+from moiie_runtime.bundle import Bundle
+from moiie_runtime.chat import Message
+from moiie_runtime.decoder import Decoder
+from moiie_runtime.errors import MoiieError
+from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generate, stream
+from moiie_runtime.generation_config import GenerationConfig
+from moiie_runtime.images import ImageSource
+from moiie_runtime.kv_cache import KVCache
+from moiie_runtime.memory import Request, check_memory, estimate_memory, parse_size
+from moiie_runtime.processor import Processor
+from moiie_runtime.prompt import Prompt
+
+_DEFAULTS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+) -> VLM:
+    """Open a bundle for asking.
+
+    Args:
+        path: the bundle's directory.
+        backend: what runs the graphs; see `moiie_runtime.backends`.
+        threads: threads for the arithmetic; None for one for each physical core that the process may use.
+        memory_limit: bytes, or a text such as "8GiB"; requests predicted to need more are refused.
+
+    Raises:
+        MoiieError: no bundle, a damaged one, an unknown backend, or a bad argument.
+        MissingDependency: the backend's packages are not installed, or the limit is too low for this bundle.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise MoiieError(f"threads must be an integer of at least 1, got {threads!r}")
+    limit = None if memory_limit is None else parse_size(memory_limit)
+    bundle = Bundle.open(path)
+    opener = get_backend(backend)
+
+    def open_session(component: str) -> Session:
+        path = bundle.path(bundle.components[component].file)
+        # Prefill and the vision encoder run once a request: what they work with must not stay while tokens are made.
+        transient = component != "decoder_decode"
+        return opener(path, component=component, threads=threads, transient=transient)
+
+    return VLM(bundle, open_session, limit)
+
+
+class VLM:
+    """A vision-language model. Make one with `moiie_runtime.load`.
+
+    Nothing large is read before the first question; the vision encoder is loaded with the first picture. Wherever a
+    method takes `**generation`, these are fields of `GenerationConfig`; what is not given comes from the bundle.
+
+    Args:
+        bundle: an opened bundle.
+        open_session: opens the session of a component.
+        memory_limit: bytes that the process may be predicted to use; None for no limit.
+
+    Attributes:
+        bundle: what was loaded.
+        processor: turns messages into prompts.
+
+    Raises:
+        MoiieError: damaged files, or a model that cannot run within the limit.
+    """
+
+    def __init__(self, bundle: Bundle, open_session: Callable[[str], Session], memory_limit: int | None = None) -> None:
+        self._memory_limit = memory_limit
+        bundle.check_files()
+        check_memory(estimate_memory(bundle), memory_limit, bundle)
+        self.bundle = bundle
+        self.processor = Processor(bundle)
+        self._defaults = _default_config(bundle)
+        self._decoder = Decoder(bundle, open_session)
+
+    def stream(self, messages: Sequence[Message], **generation: Any) -> Iterator[Chunk]:
+        """The answer to a conversation, piece by piece.
+
+        Args:
+            messages: see `ChatTemplate.render`; content holds text and pictures.
+            generation: settings.
+
+        Returns:
+            An iterator of chunks, one a token. Wrong arguments raise here, before it is asked for the first.
+
+        Raises:
+            MoiieError: a conversation, picture or setting that cannot be used, a prompt that does not fit the
+                context, or a request beyond the memory limit.
+        """
+        return self._stream(self.processor(messages), generation)
+
+    def stream_prompt(self, text: str, images: Sequence[ImageSource] = (), **generation: Any) -> Iterator[Chunk]:
+        """The answer to a complete prompt string, piece by piece; see `generate_prompt` and `stream`."""
+        return self._stream(self.processor.from_text(text, images), generation)
+
+    def generate(self, messages: Sequence[Message], *, record: Record = TEXT_ONLY, **generation: Any) -> Generation:
+        """The whole answer to a conversation.
+
+        Args:
+            messages: see `ChatTemplate.render`; content holds text and pictures.
+            record: logits and routing to keep.
+            generation: settings.
+
+        Raises:
+            MoiieError: as in `stream`; routing asked of a model without a router.
+        """
+        return self.generate_batch([messages], record=record, **generation)[0]
+
+    def generate_prompt(
+        self, text: str, images: Sequence[ImageSource] = (), *, record: Record = TEXT_ONLY, **generation: Any
+    ) -> Generation:
+        """The whole answer to a complete prompt string, which no template is applied to.
+
+        Args:
+            text: the prompt, with one image marker for each picture.
+            images: the pictures, in the order of the markers.
+            record: logits and routing to keep.
+            generation: settings.
+
+        Raises:
+            MoiieError: as in `generate`.
+        """
+        return self._generate([self.processor.from_text(text, images)], record, generation)[0]
+
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], *, record: Record = TEXT_ONLY, **generation: Any
+    ) -> list[Generation]:
+        """Answers to several conversations, run together; each is what it would be alone.
+
+        Args:
+            conversations: with and without pictures, of any lengths.
+            record: logits and routing to keep.
+            generation: settings, the same for all.
+
+        Raises:
+            MoiieError: as in `generate`, or no conversation at all.
+        """
+        if not conversations:
+            raise MoiieError("there is no conversation to answer", "give at least one list of messages")
+        return self._generate([self.processor(messages) for messages in conversations], record, generation)
+
+    def close(self) -> None:
+        """Release all graphs, weights and buffers. Closing twice is allowed."""
+        self._decoder.close()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(self, prompt: Prompt, generation: Mapping[str, Any]) -> Iterator[Chunk]:
+        [answer] = self._answers([prompt], generation, TEXT_ONLY)
+        return stream(self._decoder, answer, KVCache(self.bundle, 1))
+
+    def _generate(self, prompts: Sequence[Prompt], record: Record, generation: Mapping[str, Any]) -> list[Generation]:
+        answers = self._answers(prompts, generation, record)
+        return generate(self._decoder, answers, KVCache(self.bundle, len(answers)), record)
+
+    def _answers(self, prompts: Sequence[Prompt], generation: Mapping[str, Any], record: Record) -> list[Answer]:
+        """Everything that can be refused is refused here, before a graph is loaded or run."""
+        moe = self.bundle.model.moe
+        if record.routing and (moe is None or not moe.routed):
+            raise MoiieError(f"{self.bundle.name}: this model has no router, so there is no routing to record")
+        config = self._defaults.updated(generation)
+        explicit = generation.get("max_new_tokens") is not None
+        configs = [_fitted(config, prompt, self.bundle.kv_cache.capacity, explicit) for prompt in prompts]
+        request = Request(
+            batch=len(prompts),
+            prompt_tokens=max(prompt.length for prompt in prompts),
+            new_tokens=max(config.max_new_tokens for config in configs),
+            images=any(prompt.image_tokens for prompt in prompts),
+            all_logits=record.prefill_logits == "all",
+        )
+        check_memory(estimate_memory(self.bundle, request), self._memory_limit, self.bundle)
+        stop_string = self.bundle.prompt.stop_string
+        return [
+            Answer(prompt, config, self.processor.tokenizer, stop_string)
+            for prompt, config in zip(prompts, configs, strict=True)
+        ]
+
+
+def _default_config(bundle: Bundle) -> GenerationConfig:
+    given = {name: bundle.generation[name] for name in _DEFAULTS if bundle.generation.get(name) is not None}
+    try:
+        return GenerationConfig(**given, eos_token_id=bundle.tokens.eos)
+    except MoiieError as error:
+        raise MoiieError(
+            f"{bundle.root}/bundle.json: generation: {error.message}", "export the bundle again"
+        ) from error
+
+
+def _fitted(config: GenerationConfig, prompt: Prompt, capacity: int, explicit: bool) -> GenerationConfig:
+    """The settings for one prompt: a default `max_new_tokens` gives way to the context limit, a wish does not."""
+    hint = "use a shorter prompt or fewer pictures, or export the bundle with a larger max_context"
+    room = capacity - prompt.length
+    if room < 1:
+        raise MoiieError(
+            f"the prompt has {prompt.length} tokens ({prompt.image_tokens} of them for pictures), "
+            f"but the context holds {capacity} with the answer",
+            hint,
+        )
+    if config.max_new_tokens <= room:
+        return config
+    if explicit:
+        raise MoiieError(
+            f"the prompt has {prompt.length} tokens and max_new_tokens is {config.max_new_tokens}, "
+            f"together more than the context of {capacity}",
+            f"ask for at most {room} new tokens; or {hint}",
+        )
+    return replace(config, max_new_tokens=room)
