@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moiie_export.disk import write_bytes
 from moiie_export.source import ModelSource
-from moiie_export.stages import write_bytes
 
 _VERBATIM = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 

@@ -15,7 +15,7 @@ from moiie_runtime.tensors import read_header
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH_CODE = 3
+GRAPH_CODE = 4
 """Raised whenever tracing or passes would write another graph for the same model."""
 
 GRAPHS = ("vision_encoder", "decoder_prefill", "decoder_decode")

@@ -72,15 +72,19 @@ def export_bundle(request: ExportRequest, progress: Progress | None = None) -> E
     report = progress or (lambda *_: None)
     with _open(request) as source:
         stages = _stages(request, source)
+        described = describe_model(source, request.recipe, _capacity(request, source))
         workspace = Workspace.look(request.output)
         plans = workspace.plan(stages, request.force)
-        complete = workspace.base == request.output and all(p.action == "cached" for p in plans)
-        if complete and set(workspace.records) == {stage.name for stage in stages}:
-            return ExportResult(request.output, plans, time.monotonic() - started, _files(workspace.records))
-        with workspace.locked():
-            records = workspace.execute(stages, report, request.force)
-            manifest = _manifest(request, source, records)
-            workspace.finish(manifest, list(manifest["files"]))
+        finished = None if request.force else workspace.finished(stages)
+        if finished is None or not workspace.says(manifest := _manifest(described, source, finished)):
+            with workspace.locked():
+                plans = workspace.plan(stages, request.force)
+                records = workspace.execute(stages, report, request.force)
+                manifest = _manifest(described, source, records)
+                workspace.finish(manifest, list(manifest["files"]))
+        elif workspace.littered:
+            with workspace.locked():
+                workspace.clear()
     return ExportResult(request.output, plans, time.monotonic() - started, manifest["files"])
 
 
@@ -124,7 +128,7 @@ def _files(records: Mapping[str, StageRecord]) -> dict[str, Any]:
     return {name: entry for record in records.values() for name, entry in record.files.items()}
 
 
-def _manifest(request: ExportRequest, source: ModelSource, records: Mapping[str, StageRecord]) -> dict[str, Any]:
+def _manifest(described: Mapping[str, Any], source: ModelSource, records: Mapping[str, StageRecord]) -> dict[str, Any]:
     graphs = {name: record.notes for name, record in records.items() if "inputs" in record.notes}
     used = {name: list(notes["weights"]) for name, notes in graphs.items()}
     phases = {name: name.removeprefix("decoder_") for name in graphs}
@@ -132,7 +136,7 @@ def _manifest(request: ExportRequest, source: ModelSource, records: Mapping[str,
         phases[name]: {"weights": notes["weights"], "bytes": notes["weight_bytes"]} for name, notes in graphs.items()
     }
     return {
-        **describe_model(source, request.recipe, _capacity(request, source)),
+        **described,
         "created_by": {"tool": "moiie-export", "version": __version__},
         "source": {"checkpoint": source.checkpoint.path.resolve().name, "files": source.hashes},
         "components": {

@@ -60,6 +60,7 @@ class Bundle(Manifest):
         full = self.root / relative
         try:
             inside = full.resolve().is_relative_to(self.root)
+            full.exists()  # raises for a name that is too long
         except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, unusable characters
             raise self._outside(relative, f"cannot be followed: {error}") from error
         if not inside:

@@ -14,6 +14,7 @@ from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.kv_cache import KVCache
 from moiie_runtime.prompt import Prompt
+from moiie_runtime.residency import release_pages, weight_views
 from moiie_runtime.routing import LayerRouting
 from moiie_runtime.tensors import TensorFile
 
@@ -48,7 +49,8 @@ class Decoder:
         self._open_session = open_session
         self._sessions: dict[str, Session] = {}
         self._bound: dict[str, KVCache] = {}
-        self._table = _embedding_table(bundle)
+        self._weights = TensorFile(bundle.path(bundle.embed_tokens.file))
+        self._table = _embedding_table(bundle, self._weights)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -140,6 +142,13 @@ class Decoder:
                 self._sessions[component].unbind()
                 del self._bound[component]
 
+    def release_prefill_weights(self) -> int:
+        """Give back the mapped pages of weights that decode does not use; see `release_pages`."""
+        phases = self._bundle.residency
+        unused = {*phases["vision_encoder"].weights, *phases["prefill"].weights} - {*phases["decode"].weights}
+        with self._lock:  # not while a graph runs: its pages would be read twice
+            return release_pages(self._weights.path, weight_views(self._weights.header, sorted(unused)))
+
     def close(self) -> None:
         """Close all sessions. Closing twice is allowed."""
         with self._lock:
@@ -178,14 +187,13 @@ class Decoder:
         return self._table[ids].astype(np.float32, copy=False)
 
 
-def _embedding_table(bundle: Bundle) -> Array:
+def _embedding_table(bundle: Bundle, weights: TensorFile) -> Array:
     """The token embeddings [vocabulary, hidden], mapped from the file."""
-    reference, model = bundle.embed_tokens, bundle.model
-    table = TensorFile(bundle.path(reference.file))[reference.tensor]
-    expected = (model.vocab_size, model.hidden_size)
+    table = weights[bundle.embed_tokens.tensor]
+    expected = (bundle.model.vocab_size, bundle.model.hidden_size)
     if table.shape != expected or table.dtype not in (np.float32, np.float16):
         raise MoiieError(
-            f"{reference.file}: tensor {reference.tensor!r} must be float32 or float16 {list(expected)}, "
+            f"{weights.path}: tensor {bundle.embed_tokens.tensor!r} must be float32 or float16 {list(expected)}, "
             f"got {table.dtype} {list(table.shape)}",
             "export the bundle again",
         )

@@ -148,7 +148,8 @@ def generate_steps(
     """
     try:
         prompts = [answer.prompt for answer in answers]
-        if any(prompt.pixel_values is not None for prompt in prompts):
+        pictures = any(prompt.pixel_values is not None for prompt in prompts)
+        if pictures:
             decoder.load("vision_encoder")
         decoder.load("decoder_prefill")
         start = time.perf_counter()
@@ -160,6 +161,8 @@ def generate_steps(
         )
         prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
         yield Step(result, texts, prefill_seconds, decode_seconds)
+        if pictures:
+            decoder.release_prefill_weights()
         if not all(answer.finish_reason for answer in answers):
             decoder.load("decoder_decode")
         while (active := np.array([answer.finish_reason is None for answer in answers])).any():

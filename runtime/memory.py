@@ -8,10 +8,12 @@ from dataclasses import dataclass, fields
 
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.residency import weight_views
 from moiie_runtime.tensors import TensorFile, TensorInfo
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FLOAT32 = 4
+_COPY = 2.15  # float32 for float16, and what the allocator adds (measured)
 _PROCESS = 100 * 2**20  # Python, numpy, ONNX Runtime and the tokenizer without a model
 
 
@@ -89,7 +91,7 @@ def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstima
     kept = request.batch * (request.prompt_tokens if request.all_logits else 1)
     return MemoryEstimate(
         weights=0 if copied else vision + max(prefill, decode),  # decode uses a part of what prefill uses
-        copies=2 * (vision + prefill + decode) if copied else 0,
+        copies=int(_COPY * (vision + prefill + decode)) if copied else 0,
         kv_cache=2 * model.num_hidden_layers * positions * model.num_key_value_heads * model.head_dim * _FLOAT32,
         activations=activations,
         logits=kept * model.vocab_size * _FLOAT32,
@@ -142,21 +144,19 @@ def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], reque
 
 def _vision_activations(bundle: Bundle, header: Mapping[str, TensorInfo]) -> int:
     """One picture; with S2 all tiles of its largest scale run together."""
-    patches = [
-        info.shape for name in bundle.residency["vision_encoder"].weights if len((info := header[name]).shape) == 4
-    ]
+    names = bundle.residency["vision_encoder"].weights
+    patches = [view.shape for view in weight_views(header, names) if len(view.shape) == 4]
     hidden, patch = (patches[0][0], patches[0][-1]) if patches else (bundle.model.hidden_size, 14)
     tokens = bundle.tokens.image_tokens
     tiles = max(1, (bundle.processor.image_size // patch) ** 2 // tokens)
-    attention = 2 * tiles * max(1, hidden // 64) * tokens * tokens
-    feed_forward = 2 * tiles * tokens * _widest(header, bundle.residency["vision_encoder"].weights, 0)
-    return _FLOAT32 * (max(attention, feed_forward) + 6 * tiles * tokens * hidden)
+    scores = 2 * tiles * max(1, hidden // 64) * tokens * tokens
+    return _FLOAT32 * (scores + tiles * tokens * (6 * hidden + 2 * _widest(header, names, 0)))
 
 
 def _widest(header: Mapping[str, TensorInfo], names: Iterable[str], skipped: int) -> int:
     """The largest output of a weight matrix, without those of the vocabulary."""
-    shapes = [header[name].shape for name in names if name in header]
-    return max((shape[-2] for shape in shapes if len(shape) in (2, 3) and shape[-2] != skipped), default=1)
+    shapes = [view.shape for view in weight_views(header, names)]
+    return max((shape[0] for shape in shapes if len(shape) == 2 and shape[0] != skipped), default=1)
 
 
 def _readable(size: int) -> str:

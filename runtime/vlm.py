@@ -23,7 +23,7 @@ from moiie_runtime.memory import Request, check_memory, estimate_memory, parse_s
 from moiie_runtime.processor import Processor
 from moiie_runtime.prompt import Prompt
 
-_DEFAULTS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+_DEFAULTS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 
 def load(
@@ -117,7 +117,7 @@ class VLM:
             generation: settings.
 
         Raises:
-            MoiieError: as in `stream`; routing asked of a model without a router.
+            MoiieError: as in `stream`; routing asked of a dense model.
         """
         return self.generate_batch([messages], record=record, **generation)[0]
 
@@ -176,9 +176,8 @@ class VLM:
 
     def _answers(self, prompts: Sequence[Prompt], generation: Mapping[str, Any], record: Record) -> list[Answer]:
         """Everything that can be refused is refused here, before a graph is loaded or run."""
-        moe = self.bundle.model.moe
-        if record.routing and (moe is None or not moe.routed):
-            raise MoiieError(f"{self.bundle.name}: this model has no router, so there is no routing to record")
+        if record.routing and self.bundle.model.moe is None:
+            raise MoiieError(f"{self.bundle.name}: a dense model has no experts, so there is no routing to record")
         config = self._defaults.updated(generation)
         explicit = generation.get("max_new_tokens") is not None
         configs = [_fitted(config, prompt, self.bundle.kv_cache.capacity, explicit) for prompt in prompts]

@@ -14,9 +14,13 @@ from moiie_export.ops.op import Attributes, Op, Port, function_text, vector
 
 @torch.library.custom_op("moiie::topk_route", mutates_args=())
 def topk_route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax in float32, top-k, renormalise. An expert at -inf has probability 0 and is never chosen before others."""
-    probabilities = logits.float().softmax(dim=-1)
-    weights, ids = probabilities.topk(top_k, dim=-1)
+    """Softmax in float32, top-k, renormalise.
+
+    The choice is made among logits, whose order is that of the probabilities: where all but one probability underflow
+    to 0, an expert at -inf would tie with the reachable ones.
+    """
+    ids = logits.topk(top_k, dim=-1).indices
+    weights = logits.float().softmax(dim=-1).gather(-1, ids)
     return ids.to(torch.int32), weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -30,7 +34,8 @@ def _body(attributes: Attributes, _: int) -> str:
     lines = vector("k", [attributes["top_k"]]) + vector("last", [-1])
     lines += """
     probabilities = Softmax <axis = -1> (logits)
-    chosen, ids = TopK <axis = -1, largest = 1, sorted = 1> (probabilities, k)
+    highest, ids = TopK <axis = -1, largest = 1, sorted = 1> (logits, k)
+    chosen = GatherElements <axis = -1> (probabilities, ids)
     total = ReduceSum <keepdims = 1> (chosen, last)
     expert_weights = Div (chosen, total)
     expert_ids = Cast <to = 6> (ids)"""

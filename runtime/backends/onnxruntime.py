@@ -1,9 +1,8 @@
-"""Graphs on ONNX Runtime's CPU provider, with mapped weights, one thread pool and buffers bound by address."""
+"""Graphs on ONNX Runtime's CPU provider, with mapped weights and buffers bound by address."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,12 +39,12 @@ class OnnxRuntimeSession:
     """One ONNX graph on the CPU. A `Session`; see there for the methods.
 
     Weights in external data stay mapped from their file: they cost no memory until used, and several sessions share
-    them. All sessions of the process share one thread pool when they ask for the same number of threads.
+    them.
 
     Args:
         model: path of the graph, or its bytes.
         component: its name in messages, for example `decoder_prefill`.
-        threads: threads of the pool; None for one for each available core.
+        threads: how many compute; None for one for each available core.
         transient: give the memory of intermediate results back after each run, instead of keeping it for the next.
         folder: where external data lies when `model` is bytes.
 
@@ -194,33 +193,6 @@ class OnnxRuntimeSession:
         return specs
 
 
-class _SharedPool:
-    """The process-wide thread pool, made at the first use and never changed: ONNX Runtime allows one.
-
-    Sessions with pools of their own fight for the cores: idle ones keep spinning (measured, 4 sessions on 2 cores: a
-    step takes 1.5 times as long in the median and 5 times at the 90th percentile).
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._threads: int | None = None
-
-    def serves(self, threads: int) -> bool:
-        """Whether the shared pool has this many threads; makes it when there is none yet."""
-        with self._lock:
-            if self._threads is None:
-                try:
-                    ort.set_global_thread_pool_sizes(threads, 1)
-                    self._threads = threads
-                except Exception as error:  # another library made a pool of unknown size
-                    _log.debug("no shared thread pool: %s", error)
-                    self._threads = -1
-            return self._threads == threads
-
-
-_POOL = _SharedPool()
-
-
 def _options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
@@ -228,12 +200,13 @@ def _options(threads: int) -> Any:
     options.enable_mem_pattern = False
     # Packing would copy every weight into memory of its own, once a session; unpacked ones stay mapped.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    if _POOL.serves(threads):
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Each session has threads of its own. One pool for the process would be leaner, but once it exists ONNX Runtime
+    # refuses every session of the program that was not made for it. Threads that wait by spinning would take the
+    # cores from the session that works (measured with 4 sessions: 1.5 times as long in the median, 5 times at the
+    # 90th percentile).
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 

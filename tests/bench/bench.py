@@ -20,9 +20,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(ROOT))
 
-from synthetic import write_checkpoint  # noqa: E402 - tests/ is no package
+from tests.synthetic import write_checkpoint  # noqa: E402 - the path comes first
 
 from moiie_export.pipeline import ExportRequest, export_bundle  # noqa: E402
 from moiie_export.recipe import load_recipe  # noqa: E402

@@ -1,0 +1,68 @@
+"""`moiie parity`: is the bundle the checkpoint?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moiie_export.cli.common import BUNDLE_ARGUMENT, CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json
+from moiie_export.cli.progress import Progress
+from moiie_runtime.errors import Unsound
+
+EPILOG = """\b
+Examples:
+  moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3
+  moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --recipe my.yaml
+
+Both models get the same pictures and texts: those of the recipe's
+parity.cases, or made-up ones. Compared, in this order: names, shapes, dtypes,
+finite values, routing, hidden states, KV cache, logits, text. Exits 3 when a
+check fails, and names the first one.
+"""
+
+
+@click.command(context_settings=CONTEXT, epilog=EPILOG)
+@BUNDLE_ARGUMENT
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The checkpoint that the bundle was exported from.",
+)
+@click.option(
+    "--vision-tower",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where a separate vision tower lies, as for export.",
+)
+@click.option("--recipe", metavar="RECIPE", help="Take parity.cases from this recipe.  [default: the bundle's own]")
+@JSON_OPTION
+@VERBOSE_OPTION
+def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: str | None, as_json: bool) -> None:
+    """Compare a bundle with its checkpoint in PyTorch."""
+    from moiie_export.cli.sources import checkpoint_directory, need_extra
+    from moiie_export.recipe import load_recipe
+    from moiie_runtime.bundle import Bundle
+
+    Bundle.open(bundle)
+    checkpoint_directory(checkpoint)
+    cases = None if recipe is None else load_recipe(recipe).parity.cases
+    need_extra("cpu")
+    need_extra("export")
+    from moiie_export.parity import check_parity
+
+    progress = Progress()
+    report = check_parity(bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress)
+    progress.finish()
+    if as_json:
+        emit_json(report.to_dict())
+    else:
+        click.echo(report.summary())
+    if not report:
+        first = report.first_failure
+        hint = "export the bundle again from this checkpoint; if it still differs, the difference begins at that check"
+        if first is not None and first.stage == "files":
+            hint = "copy the bundle again, or write it again with `moiie export`"
+        raise Unsound(f"{bundle} is not the model of {checkpoint}: {report.verdict()}", hint)

@@ -1,0 +1,47 @@
+"""Parity: is a bundle the model of its checkpoint? Judged in this order: names, shapes, dtypes, finite, routing, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moiie_export.parity.report import Check, Report
+from moiie_export.recipe import ParityCase
+from moiie_runtime.errors import MissingDependency
+
+__all__ = ["Check", "ParityCase", "Report", "check_parity"]
+
+
+def check_parity(
+    bundle: Path,
+    checkpoint: Path,
+    *,
+    vision_tower: Path | None = None,
+    cases: Sequence[ParityCase] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Compare a bundle, run by ONNX Runtime, with the PyTorch model of a checkpoint, stage by stage and layer by layer.
+
+    Both sides are teacher-forced: every stage is fed what the checkpoint's model gives it, so that a fault shows where
+    it is made and nowhere before. Bounds are those of the recipe stored in the bundle, for the bundle's storage type.
+    The bundle's graphs are marked in memory; nothing is written.
+
+    Args:
+        bundle: the exported directory.
+        checkpoint: the checkpoint it should equal, opened as `moiie export` opens it.
+        vision_tower: where a separate vision tower lies, as for export.
+        cases: prompts and pictures; None for those of the bundle's recipe, and made-up ones where there are none.
+        progress: called with a stage's name, steps done and steps in all.
+
+    Returns:
+        The report; truthy when all checks pass.
+
+    Raises:
+        MoiieError: no bundle or no checkpoint there, or one that cannot be opened; a picture that cannot be read.
+        MissingDependency: torch, onnx or onnxruntime is not installed.
+    """
+    try:
+        from moiie_export.parity.run import Parity
+    except ModuleNotFoundError as error:
+        raise MissingDependency(f"parity needs {error.name}", "pip install 'moiie-export[cpu,export]'") from error
+    return Parity(bundle, checkpoint, vision_tower).run(cases, progress or (lambda *_: None))

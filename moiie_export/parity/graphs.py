@@ -1,0 +1,117 @@
+"""The bundle's side: its graphs in ONNX Runtime, on copies in memory whose inner values are outputs too."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import onnx
+import torch
+
+from moiie_export.graph.components import Component, Tensor
+from moiie_export.parity.metrics import Array
+from moiie_export.parity.trace import Routed, Trace
+from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
+from moiie_runtime.bundle import Bundle
+from moiie_runtime.kv_cache import KVCache
+
+ELEMENT_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+}
+
+
+class BundleGraphs:
+    """Runs the three graphs of a bundle, with their probes as extra outputs.
+
+    The weights are mapped from the bundle's own file. Use it as a context manager.
+
+    Args:
+        bundle: the bundle, its files verified.
+        components: what its graphs must be; checked before.
+        models: component -> the parsed graph; marked here.
+    """
+
+    def __init__(self, bundle: Bundle, components: tuple[Component, ...], models: dict[str, onnx.ModelProto]) -> None:
+        self._bundle = bundle
+        self._components = {component.name: component for component in components}
+        self._models = models
+        self._sessions: dict[str, OnnxRuntimeSession] = {}
+        self._bound: dict[str, KVCache] = {}
+
+    def vision(self, pixel_values: Array) -> tuple[Array, Array]:
+        """vision_features [n, P, C] (before the projector) and image_features [n, P, H] of pictures [n, 3, S, S]."""
+        outputs = self._session("vision_encoder").run({"pixel_values": pixel_values})
+        return outputs["vision_features"], outputs["image_features"]
+
+    def prefill(self, inputs_embeds: Array, token_modality: Array, logits_to_keep: Array, cache: KVCache) -> Trace:
+        """Run [B, T, H] embeddings behind what the cache holds; its lengths are not changed."""
+        feeds = {"inputs_embeds": inputs_embeds, "token_modality": token_modality, "logits_to_keep": logits_to_keep}
+        return self._run("decoder_prefill", feeds, cache)
+
+    def decode(self, inputs_embeds: Array, cache: KVCache) -> Trace:
+        """Run one token a row, [B, 1, H]; the cache's lengths are not changed."""
+        return self._run("decoder_decode", {"inputs_embeds": inputs_embeds}, cache)
+
+    def close(self) -> None:
+        """Close the sessions."""
+        while self._sessions:
+            self._sessions.popitem()[1].close()
+        self._bound.clear()
+
+    def __enter__(self) -> BundleGraphs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, component: str, feeds: dict[str, Array], cache: KVCache) -> Trace:
+        session = self._session(component)
+        if self._bound.get(component) is not cache:
+            cache.bind(session)
+            self._bound[component] = cache
+        outputs = session.run({**feeds, "past_lengths": cache.lengths})
+        model = self._bundle.model
+        batch, tokens = feeds["inputs_embeds"].shape[:2]
+
+        def rows(name: str) -> Array:
+            array = outputs[name]
+            return array.reshape(batch, tokens, array.shape[-1])
+
+        layers = range(model.num_hidden_layers)
+        routed = model.moe is not None and model.moe.routed
+        return Trace(
+            outputs["logits"],
+            tuple(rows(f"hidden.{layer}") for layer in layers),
+            tuple(cache[f"{layer}.key"] for layer in layers),
+            tuple(cache[f"{layer}.value"] for layer in layers),
+            {
+                layer: Routed(
+                    rows(f"expert_ids.{layer}"),
+                    rows(f"expert_weights.{layer}"),
+                    rows(f"router_logits.{layer}") if routed else None,
+                )
+                for layer in (model.moe.layers if model.moe else ())
+            },
+        )
+
+    def _session(self, name: str) -> OnnxRuntimeSession:
+        if name not in self._sessions:
+            component = self._components[name]
+            marked = _marked(self._models[name], component.probes)
+            folder = self._bundle.path(component.file).parent
+            self._sessions[name] = OnnxRuntimeSession(marked, component=f"marked {name}", folder=folder)
+        return self._sessions[name]
+
+
+def _marked(model: onnx.ModelProto, probes: tuple[Tensor, ...]) -> bytes:
+    """The serialised graph with the probes' values as outputs; weights stay references into the bundle's file."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for probe in probes:
+        copy.graph.output.append(
+            onnx.helper.make_tensor_value_info(probe.name, ELEMENT_TYPES[probe.dtype], list(probe.dims))
+        )
+    return copy.SerializeToString()

@@ -1,0 +1,169 @@
+"""The graphs' inputs, outputs and node attributes against what this checkpoint's model demands of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+import torch
+
+from moiie_export.config import ModelConfig
+from moiie_export.graph.components import Component, Tensor
+from moiie_export.ops import DOMAIN
+from moiie_export.parity.report import Check, tell
+from moiie_runtime.backends.session import TensorSpec
+from moiie_runtime.bundle import Bundle
+from moiie_runtime.errors import Unsound
+
+Specs = dict[str, TensorSpec]
+
+
+def load_graph(bundle: Bundle, component: Component) -> onnx.ModelProto:
+    """The parsed graph, without its weights.
+
+    Raises:
+        Unsound: the file is not an ONNX model.
+    """
+    path = bundle.path(component.file)
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own exception is not public
+        raise Unsound(f"{path}: is not an ONNX model: {error}", "export the bundle again") from error
+
+
+def check_interface(bundle: Bundle, component: Component, model: onnx.ModelProto) -> list[Check]:
+    """Names, then shapes, then dtypes of a graph's inputs, outputs and probes, each as one check."""
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    sides = {
+        "input": (_wanted(component.inputs), {v.name: _spec(v) for v in graph.input if v.name not in weights}),
+        "output": (_wanted(component.outputs), {value.name: _spec(value) for value in graph.output}),
+    }
+    manifest = bundle.components.get(component.name)
+    recorded = {"input": manifest.inputs, "output": manifest.outputs} if manifest else {}
+    made = {name for node in graph.node for name in node.output}
+    names = [
+        *(line for side, (wanted, found) in sides.items() for line in _name_differences(side, wanted, found)),
+        *(f"no value {probe.name} inside the graph" for probe in component.probes if probe.name not in made),
+    ]
+    place: dict[str, Any] = {"where": component.name}
+    return [
+        tell("names", names, **place, layer=_first_layer(names)),
+        tell("shapes", lines := list(_differences(sides, "shape")), **place, layer=_first_layer(lines)),
+        tell("dtypes", lines := list(_differences(sides, "dtype")), **place, layer=_first_layer(lines)),
+        tell("manifest signatures", list(_recorded_differences(sides, recorded)), **place),
+    ]
+
+
+def check_attributes(config: ModelConfig, name: str, model: onnx.ModelProto) -> list[Check]:
+    """Attributes of the `moiie` nodes against the config. Backends with kernels of their own obey them."""
+    differences: list[tuple[int, str]] = []
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        index = counts.get(node.op_type, 0)
+        counts[node.op_type] = index + 1
+        layers = _layers(config, node.op_type)
+        if index >= len(layers):
+            differences.append(
+                (layers[-1] if layers else 0, f"{len(layers)} nodes {node.op_type} expected, found more")
+            )
+            continue
+        found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        for key, expected in _attributes(config, node.op_type, name == "decoder_decode").items():
+            if found.get(key) != expected:
+                differences.append((layers[index], f"{node.op_type}.{key} is {found.get(key)}, expected {expected}"))
+    for op_type in ("CachedAttention", *(("ExpertDispatch",) if config.moe else ())):
+        layers = _layers(config, op_type)
+        if name != "vision_encoder" and counts.get(op_type, 0) < len(layers):
+            layer = layers[counts.get(op_type, 0)]
+            differences.append((layer, f"{len(layers)} nodes {op_type} expected, found {counts.get(op_type, 0)}"))
+    layer = min((layer for layer, _ in differences), default=None)
+    lines = [text for _, text in sorted(differences, key=lambda item: item[0])]
+    where = name if layer is None else f"layer {layer}"
+    return [tell("attributes", lines, phase=name, where=where, layer=layer)]
+
+
+def _layers(config: ModelConfig, op_type: str) -> tuple[int, ...]:
+    """Decoder layers that hold a node of this type, in graph order."""
+    if op_type == "CachedAttention":
+        return tuple(range(config.text.num_hidden_layers))
+    moe = config.moe
+    if moe is None or (op_type != "ExpertDispatch" and not moe.gates):
+        return ()
+    return moe.layers
+
+
+def _attributes(config: ModelConfig, op_type: str, decode: bool) -> Mapping[str, Any]:
+    """What a node must carry. A decode graph knows language tokens only."""
+    moe = config.moe
+    if op_type == "CachedAttention":
+        return {
+            "local_window_size": config.text.visible_keys or 0,
+            "num_key_value_heads": config.text.num_key_value_heads,
+        }
+    if moe is None:
+        return {}
+    language = list(moe.expert_groups["language"])
+    if op_type == "TopKRoute":
+        return {"top_k": moe.top_k}
+    if op_type == "ExpertDispatch":
+        return {"experts": sorted(language) if decode else list(moe.reachable)}
+    return {"language_experts": language, "num_experts": moe.num_experts} | (
+        {} if decode else {"vision_experts": list(moe.expert_groups["vision"])}
+    )
+
+
+def _wanted(tensors: tuple[Tensor, ...]) -> Specs:
+    names = {torch.float32: "float32", torch.int32: "int32", torch.int64: "int64"}
+    return {tensor.name: TensorSpec(names[tensor.dtype], tensor.dims) for tensor in tensors}
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    types = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT32: "int32", onnx.TensorProto.INT64: "int64"}
+    return TensorSpec(types.get(tensor.elem_type, f"type {tensor.elem_type}"), dims)
+
+
+def _name_differences(side: str, wanted: Specs, found: Specs) -> Iterator[str]:
+    for name in wanted:
+        if name not in found:
+            yield f"{side} {name} is missing"
+    for name in found:
+        if name not in wanted:
+            yield f"{side} {name} is not one of the checkpoint's model"
+
+
+def _differences(sides: Mapping[str, tuple[Specs, Specs]], what: str) -> Iterator[str]:
+    for side, (wanted, found) in sides.items():
+        for name in wanted:
+            if name not in found:
+                continue
+            expected, actual = getattr(wanted[name], what), getattr(found[name], what)
+            if expected != actual:
+                yield f"{side} {name} is {_shown(actual)}, expected {_shown(expected)}"
+
+
+def _recorded_differences(
+    sides: Mapping[str, tuple[Specs, Specs]], recorded: Mapping[str, Mapping[str, TensorSpec]]
+) -> Iterator[str]:
+    """Where the manifest says something else than the graph itself."""
+    for side, (_, found) in sides.items():
+        said = recorded.get(side, {})
+        for name in {**found, **said}:
+            if said.get(name) != found.get(name):
+                yield f"{side} {name}: bundle.json says {said.get(name)}, the graph {found.get(name)}"
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _first_layer(lines: list[str]) -> int | None:
+    """The lowest layer that the lines name, as in `present.4.key`."""
+    found = [int(match) for line in lines for match in re.findall(r"[a-z]\.(\d+)\b", line)]
+    return min(found, default=None)

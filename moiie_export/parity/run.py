@@ -1,0 +1,216 @@
+"""The whole comparison, stage after stage, in the order in which it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from moiie_export.graph.components import Component, components
+from moiie_export.model.load import load_model
+from moiie_export.parity.cases import Layout, Question, check_prompt, from_recipe, lay_out, made_up
+from moiie_export.parity.data import case_data, coverage, report_data
+from moiie_export.parity.decoder_stage import CHUNK, CaseRun, DecoderStage
+from moiie_export.parity.facts import check_manifest
+from moiie_export.parity.graphs import BundleGraphs
+from moiie_export.parity.interface import check_attributes, check_interface, load_graph
+from moiie_export.parity.metrics import Array, error, non_finite
+from moiie_export.parity.reference import Reference
+from moiie_export.parity.report import Check, Report, judge, left_out, tell
+from moiie_export.parity.text import compare_text
+from moiie_export.parity.weights import check_embedding, check_weights
+from moiie_export.recipe import Bounds, ParityCase
+from moiie_export.source import ModelSource
+from moiie_runtime.bundle import Bundle
+from moiie_runtime.errors import MoiieError
+from moiie_runtime.prompt import Prompt
+from moiie_runtime.vlm import VLM, load
+
+STEPS = 8
+"""Decode steps of each case."""
+_FORBIDDING = ("names", "shapes", "dtypes")
+"""Stages after whose failure the graphs cannot be fed."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that fits the bundle, as both sides see it, and what its decoders are fed."""
+
+    question: Question
+    prompt: Prompt
+    layout: Layout
+    features: Array | None
+
+    def embeds(self, reference: Reference) -> Array:
+        """Decoder input [T, H] of the reference."""
+        embeds = np.empty((len(self.layout.is_image), reference.model.config.text.hidden_size), np.float32)
+        embeds[~self.layout.is_image] = reference.embed(self.layout.ids[self.layout.ids >= 0])
+        if self.features is not None:
+            embeds[self.layout.is_image] = self.features.reshape(-1, embeds.shape[1])
+        return embeds
+
+
+class Parity:
+    """Compares one bundle with one checkpoint. See `moiie_export.parity.check_parity`."""
+
+    def __init__(self, bundle: Path, checkpoint: Path, vision_tower: Path | None) -> None:
+        self._bundle = Bundle.open(bundle)
+        self._bounds = _bounds(self._bundle)
+        self._checkpoint, self._vision_tower = checkpoint, vision_tower
+        self._report = Report(self._bundle.name, checkpoint.resolve().name, self._bundle.dtype)
+
+    def run(self, cases: Sequence[ParityCase] | None, progress: Progress) -> Report:
+        """All stages; the report."""
+        report, bundle = self._report, self._bundle
+        report.data = report_data(self._bounds, STEPS)
+        progress("files", 0, 1)
+        report.checks.append(tell("files", bundle.verify()))
+        progress("files", 1, 1)
+        if not report:
+            report.checks.append(left_out("everything else", "the bundle is damaged"))
+            return report
+        with ModelSource.open(self._checkpoint, self._vision_tower) as source:
+            wanted = components(source.config, bundle.kv_cache.capacity)
+            models = self._check_graphs(source, wanted)
+            if any(check.stage in _FORBIDDING for check in report.failures):
+                report.checks.append(left_out("values", "the graphs are not those of this checkpoint's model"))
+                return report
+            reference = Reference(load_model(source, bundle.dtype), self._bounds.tie_margin)
+            report.checks.append(check_embedding(bundle, source))
+            with BundleGraphs(bundle, wanted, models) as graphs, load(bundle.root) as vlm:
+                self._compare(source, reference, graphs, vlm, self._questions(cases), progress)
+            progress("weights", 0, 1)
+            report.checks.append(check_weights(bundle, source))
+            progress("weights", 1, 1)
+        return report
+
+    def _check_graphs(self, source: ModelSource, wanted: tuple[Component, ...]) -> dict[str, onnx.ModelProto]:
+        """Interfaces of all graphs, their nodes' attributes, and the manifest; returns the parsed graphs."""
+        models = {component.name: load_graph(self._bundle, component) for component in wanted}
+        for component in wanted:
+            self._report.checks += check_interface(self._bundle, component, models[component.name])
+        for name, model in models.items():
+            self._report.checks += check_attributes(source.config, name, model)
+        self._report.checks += check_manifest(self._bundle, source)
+        return models
+
+    def _questions(self, cases: Sequence[ParityCase] | None) -> list[Question]:
+        """What is asked. Recipes are stored without folders, so pictures of their cases cannot be found again."""
+        if cases is not None:
+            return from_recipe(cases) if cases else made_up()
+        stored = self._bundle.raw["recipe"]["parity"].get("cases", [])
+        found: list[ParityCase] = []
+        for case in stored:
+            if case["images"]:
+                reason = f"the picture {case['images'][0]} did not travel with the bundle; name the recipe's file"
+                self._report.checks.append(left_out("case", reason, case=f"{case['prompt']!r}"))
+            else:
+                found.append(ParityCase(case["prompt"]))
+        return [*made_up(), *from_recipe(found)] if len(found) < len(stored) or not stored else from_recipe(found)
+
+    def _compare(
+        self,
+        source: ModelSource,
+        reference: Reference,
+        graphs: BundleGraphs,
+        vlm: VLM,
+        questions: list[Question],
+        progress: Progress,
+    ) -> None:
+        """Every stage that runs something."""
+        report = self._report
+        asked = [each for question in questions if (each := self._ask(question, source, reference, graphs, vlm))]
+        total = len(asked) * (STEPS + 3) + 2
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress("cases", done, total)
+
+        stage = DecoderStage(self._bundle, graphs, reference, self._bounds, STEPS)
+        runs: dict[str, CaseRun] = {}
+        for each in asked:
+            run = stage.case(each.question.name, each.embeds(reference), each.layout.modality, advance)
+            report.checks += run.checks
+            runs[each.question.name] = run
+        report.checks += self._batch(stage, runs)
+        advance()
+        report.checks += self._full_cache(stage, source)
+        advance()
+        for each in asked:
+            run = runs[each.question.name]
+            checks, answers = compare_text(vlm, each.question, run, source.config.eos_token_id, self._bounds)
+            report.checks += checks
+            report.data["cases"].append(case_data(each.question, each.prompt, run, answers))
+            advance()
+        report.checks += coverage(source.config, list(runs.values()))
+        if not asked:
+            report.checks.append(tell("cases", ["no case could be run"]))
+
+    def _ask(
+        self, question: Question, source: ModelSource, reference: Reference, graphs: BundleGraphs, vlm: VLM
+    ) -> Asked | None:
+        """Prompt and pictures of a question, compared; None when the bundle has no room for it."""
+        config, checks = source.config, self._report.checks
+        prompt = vlm.processor(question.messages)
+        layout = lay_out(prompt.text, source)
+        needed = len(layout.modality) + STEPS + 1
+        if needed > self._bundle.kv_cache.capacity:
+            reason = f"it takes {needed} positions, the bundle holds {self._bundle.kv_cache.capacity}"
+            checks.append(left_out("case", reason, case=question.name))
+            return None
+        found = check_prompt(question, prompt, layout, config)
+        checks += found
+        if prompt.pixel_values is None or not found[0].passed:
+            if prompt.pixel_values is not None:
+                checks.append(left_out("case", "its prompt differs", case=question.name))
+                return None
+            return Asked(question, prompt, layout, None)
+        features, projected = reference.vision(prompt.pixel_values)
+        ours = graphs.vision(prompt.pixel_values)
+        bad = sum(non_finite(array) for array in ours)
+        place: dict[str, Any] = {"case": question.name, "phase": "vision_encoder"}
+        checks.append(tell("finite", [f"{bad} NaN or infinite features"] * bool(bad), **place))
+        for where, actual, expected in zip(("tower", "projector"), ours, (features, projected), strict=True):
+            value = error(actual, expected).value
+            checks.append(judge("vision", "error", value, self._bounds.vision_error, where=where, **place))
+        return Asked(question, prompt, layout, projected)
+
+    def _batch(self, stage: DecoderStage, runs: dict[str, CaseRun]) -> list[Check]:
+        """The longest and the shortest prompt together: where there are both, with a picture and without."""
+        if len(runs) < 2:
+            return [left_out("batch", "it takes two cases")]
+        ordered = sorted(runs, key=lambda name: len(runs[name].inputs.embeds))
+        pictured = [name for name in ordered if runs[name].inputs.is_vision.any()]
+        pair = [pictured[0] if pictured else ordered[-1], ordered[0]]
+        if pair[0] == pair[1]:
+            pair[0] = ordered[-1]
+        return stage.batch("batch of " + " + ".join(pair), [runs[name] for name in pair])
+
+    def _full_cache(self, stage: DecoderStage, source: ModelSource) -> list[Check]:
+        capacity = self._bundle.kv_cache.capacity
+        if capacity < 2 * CHUNK:
+            return [left_out("full cache", f"a capacity of {capacity} is too small")]
+        return stage.full_cache("full cache", source.config.text.visible_keys)
+
+
+def _bounds(bundle: Bundle) -> Bounds:
+    """The bounds that the bundle's recipe states for its storage type."""
+    where = f"{bundle.root / 'bundle.json'}: recipe.parity.bounds.{bundle.dtype}"
+    section: Any = bundle.raw
+    for key in ("recipe", "parity", "bounds", bundle.dtype):
+        section = section.get(key) if isinstance(section, dict) else None
+    names = {each.name for each in fields(Bounds)}
+    numbers = isinstance(section, dict) and all(type(value) in (int, float) for value in section.values())
+    if not numbers or set(section) != names:
+        raise MoiieError(
+            f"{where}: expected a number for each of {', '.join(sorted(names))}", "export the bundle again"
+        )
+    return Bounds(**section)

@@ -1,0 +1,101 @@
+"""The whole product at once: the runtime's own answer against the reference's greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moiie_export.parity.cases import Question
+from moiie_export.parity.decoder_stage import CaseRun
+from moiie_export.parity.metrics import Array, error
+from moiie_export.parity.report import Check, judge, left_out
+from moiie_export.recipe import Bounds
+from moiie_runtime.generate import Generation, Record
+from moiie_runtime.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Ids and texts of both sides.
+
+    Attributes:
+        diverges: index of the first token that differs; None when none does.
+        gap: there, how much the reference prefers its own token to the bundle's.
+        near: the gap is within what the logits may differ by.
+    """
+
+    reference_ids: list[int]
+    bundle_ids: list[int]
+    reference_text: str
+    bundle_text: str
+    diverges: int | None
+    gap: float | None
+    near: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data."""
+        return vars(self)
+
+
+def compare_text(
+    vlm: VLM, question: Question, run: CaseRun, eos: Sequence[int], bounds: Bounds
+) -> tuple[list[Check], Answers]:
+    """Let the runtime answer and compare tokens and the logits they were chosen from.
+
+    The runtime is not told anything: prompt, pixels, embeddings, cache and unmarked graphs are its own.
+
+    Returns:
+        Two checks, and the answers.
+    """
+    generation = vlm.generate(
+        question.messages,
+        record=Record(step_logits=True),
+        max_new_tokens=len(run.tokens),
+        do_sample=False,
+        repetition_penalty=1.0,
+    )
+    expected = _until_end(run.tokens, eos)
+    answers = _answers(vlm, generation, expected, run.token_logits, bounds)
+    same = len(expected) if answers.diverges is None else answers.diverges
+    note = ""
+    if answers.diverges is not None:
+        note = f"token {same}: {answers.bundle_text!r} instead of {answers.reference_text!r}"
+        note += f"; a near tie, gap {answers.gap:.2g}" if answers.near else ""
+    passed = answers.diverges is None or answers.near
+    tokens = Check("text", "equal tokens", same, len(expected), passed, case=question.name, note=note)
+    return [_logits(generation, run, same, bounds, question.name), tokens], answers
+
+
+def _logits(generation: Generation, run: CaseRun, same: int, bounds: Bounds, case: str) -> Check:
+    """The logits of all steps up to the first other token; what follows has another past."""
+    if sum(measured.ties for measured in run.measures.values()):
+        return left_out("answer logits", "a routing tie in this case changes them", case=case)
+    logits = generation.step_logits
+    steps = min(same + 1, 0 if logits is None else len(logits), len(run.token_logits))
+    if logits is None or not steps:
+        return judge("answer logits", "error", float("nan"), bounds.logits_error, case=case, note="no logits")
+    found = error(logits[:steps], np.stack(run.token_logits[:steps]))
+    note = "" if found.value == 0 else f"worst at token {found.row}"
+    return judge("answer logits", "error", found.value, bounds.logits_error, case=case, note=note)
+
+
+def _answers(vlm: VLM, generation: Generation, expected: list[int], logits: Sequence[Array], bounds: Bounds) -> Answers:
+    found = list(generation.token_ids)
+    pairs = zip([*expected, None], [*found, None], strict=False)
+    diverges = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    gap, near = None, False
+    if diverges is not None and diverges < min(len(expected), len(found)):
+        row = logits[diverges]
+        gap = float(row[expected[diverges]] - row[found[diverges]])
+        near = bool(gap <= 2 * bounds.logits_error * max(1.0, float(np.abs(row).max())))
+    decode = vlm.processor.tokenizer.decode
+    return Answers(expected, found, decode(expected), decode(found), diverges, gap, near)
+
+
+def _until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
+    """The tokens up to the first end token, it included: where the runtime stops."""
+    end = next((index for index, token in enumerate(tokens) if token in eos), len(tokens))
+    return list(tokens[: end + 1])

@@ -1,0 +1,17 @@
+#!/bin/sh
+# A model from checkpoint to answer on a CPU: export, run, parity. Everything lands in build/demo.
+# The model is a tiny one with random weights that the tests use, so its answer is nonsense; the verdict is not.
+# usage: scripts/demo.sh [MOIIE]         (MOIIE: the command, `moiie` when left out)
+set -eu
+moiie=${1:-moiie}
+case_dir=tests/golden/moiie_phi3
+bundle=build/demo/moiie-phi3
+
+step() {
+  printf '\n$ moiie %s\n' "$*"
+  "$moiie" "$@"
+}
+
+step export "$case_dir/checkpoint" -o "$bundle"
+step run "$bundle" -i "$case_dir/inputs/image_0.png" -p "What is shown in the picture?" --max-new-tokens 12 --routing
+step parity "$bundle" --checkpoint "$case_dir/checkpoint"

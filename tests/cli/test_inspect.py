@@ -1,0 +1,107 @@
+"""`moiie inspect`: the summary, and that every kind of damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Moiie
+
+
+@pytest.fixture
+def bundle(golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(golden_bundle("moiie_phi3"), tmp_path / "b"))
+
+
+def test_summary_for_people(moiie: Moiie, bundle: Path) -> None:
+    result = moiie("inspect", bundle)
+    assert (result.code, result.err) == (0, "")
+    assert "4, top 2, in layers 1 3 (language: 1 2 3; vision: 0 1 2)" in result.out
+    assert "past_key_values.{0..3}.key" in result.out
+    assert "moiie::ExpertDispatch 2" in result.out
+    assert "unreachable" in result.out
+
+
+def test_json_counts_agree_with_the_manifest_and_the_weights(moiie: Moiie, bundle: Path) -> None:
+    document = moiie("inspect", bundle, "--json").document
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    assert list(document["components"]) == ["vision_encoder", "decoder_prefill", "decoder_decode"]
+    weights = document["weights"]
+    stored = (bundle / "onnx" / "weights.safetensors").stat().st_size
+    assert 0 <= stored - weights["bytes"] < 50_000
+    assert sum(each["bytes"] for each in weights["by_dtype"].values()) == weights["bytes"]
+    assert weights["by_component"]["decoder_decode"]["bytes"] < weights["by_component"]["decoder_prefill"]["bytes"]
+    assert document["completeness"]["unreachable"] == manifest["completeness"]["unreachable"]
+    assert document["completeness"]["used"] == len(manifest["completeness"]["tensors"])
+    assert (document["verified"], document["problems"]) == (False, [])
+
+
+def test_verify_passes_a_sound_bundle(moiie: Moiie, bundle: Path) -> None:
+    result = moiie("inspect", bundle, "--verify")
+    assert (result.code, result.err) == (0, "all 11 files are as bundle.json says\n")
+    assert moiie("inspect", bundle, "--verify", "--json").document["verified"] is True
+
+
+@pytest.mark.parametrize(
+    "name", ["onnx/weights.safetensors", "onnx/decoder_decode.onnx", "tokenizer.json", "config.json"]
+)
+def test_verify_finds_one_flipped_byte(moiie: Moiie, bundle: Path, name: str) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    result = moiie("inspect", bundle, "--verify")
+    assert (result.code, result.out) == (3, "")
+    assert f"  {name}: sha256 is " in result.error
+    document = moiie("inspect", bundle, "--verify", "--json").document
+    assert document["verified"] is False
+    assert len(document["problems"]) == 1
+
+
+def test_verify_names_every_file(moiie: Moiie, bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+    (bundle / "onnx" / "vision_encoder.onnx").write_bytes(b"short")
+    result = moiie("inspect", bundle, "--verify")
+    assert result.code == 3
+    assert "tokenizer.json: is missing" in result.error
+    assert "onnx/vision_encoder.onnx: has 5 bytes" in result.error
+
+
+def test_damaged_weights_without_verify_are_an_error_not_a_traceback(moiie: Moiie, bundle: Path) -> None:
+    (bundle / "onnx" / "weights.safetensors").write_bytes(b"\xff" * 100)
+    result = moiie("inspect", bundle)
+    assert (result.code, result.out) == (1, "")
+    assert "weights.safetensors" in result.error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"files": {"../x": {"sha256": "0", "bytes": 1}}},
+        {"components": {}},
+        {"completeness": []},
+        {"created_by": 3},
+        {"source": [1]},
+    ],
+    ids=str,
+)
+def test_an_edited_manifest_never_ends_in_the_unforeseen(moiie: Moiie, bundle: Path, change: dict[str, object]) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    (bundle / "bundle.json").write_text(json.dumps(manifest | change), encoding="utf-8")
+    result = moiie("inspect", bundle)
+    assert result.code in (0, 1)
+    assert "unforeseen" not in result.err
+
+
+def test_it_needs_no_backend_and_no_torch(bundle: Path) -> None:
+    block = "import sys\nfor m in ('torch', 'onnx', 'onnxruntime', 'transformers'): sys.modules[m] = None\n"
+    code = f"{block}from moiie_export.cli import main; main(['inspect', {str(bundle)!r}, '--verify'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "all 11 files are as bundle.json says\n")

@@ -1,0 +1,77 @@
+"""`moiie parity`: the verdict, its exit code, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moiie_export.parity.report import Report, judge
+from tests.cli.conftest import Moiie
+from tests.conftest import GOLDEN
+
+CHECKPOINT = GOLDEN / "moiie_phi3" / "checkpoint"
+
+
+@pytest.fixture
+def bundle(golden_bundle: object) -> Path:
+    assert callable(golden_bundle)
+    path: Path = golden_bundle("moiie_phi3")
+    return path
+
+
+def reported(monkeypatch: pytest.MonkeyPatch, error: float) -> dict[str, object]:
+    """Lets check_parity report one hidden state with this error; returns what it was asked."""
+    asked: dict[str, object] = {}
+
+    def check_parity(bundle: Path, checkpoint: Path, **more: object) -> Report:
+        asked.update(bundle=bundle, checkpoint=checkpoint, **more)
+        place = {"case": "picture", "phase": "prefill", "where": "layer 1", "layer": 1}
+        return Report("b", "c", "float32", [judge("hidden states", "error", error, 2e-4, **place)])
+
+    monkeypatch.setattr("moiie_export.parity.check_parity", check_parity)
+    return asked
+
+
+def test_a_passing_report_exits_0(moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = reported(monkeypatch, 1e-6)
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--vision-tower", "tower")
+    assert (result.code, result.err) == (0, "")
+    assert "hidden states" in result.out
+    assert (asked["bundle"], asked["checkpoint"], asked["vision_tower"]) == (bundle, CHECKPOINT, Path("tower"))
+    assert asked["cases"] is None
+
+
+def test_a_failing_report_exits_3_and_names_the_first_difference(
+    moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported(monkeypatch, 0.5)
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT)
+    assert result.code == 3
+    assert "is not the model of" in result.error
+    assert "layer 1" in result.error
+    assert "FAIL" in result.out
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--json")
+    assert result.code == 3
+    assert result.document["passed"] is False
+
+
+def test_cases_come_from_a_recipe(moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = reported(monkeypatch, 0.0)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("schema: 1\nparity: {cases: [{prompt: p, images: [a.png]}]}\n", encoding="utf-8")
+    assert moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--recipe", recipe).code == 0
+    [case] = asked["cases"]  # type: ignore[misc]
+    assert (case.prompt, case.images) == ("p", (tmp_path / "a.png",))
+
+
+def test_refusals(moiie: Moiie, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = moiie("parity", tmp_path / "none", "--checkpoint", CHECKPOINT)
+    assert (result.code, result.error) == (1, f"{tmp_path / 'none'}: no such bundle")
+    result = moiie("parity", bundle, "--checkpoint", tmp_path / "none")
+    assert (result.code, result.error) == (1, f"{tmp_path / 'none'}: no such checkpoint directory")
+    result = moiie("parity", bundle, "--checkpoint", bundle.parent)
+    assert result.error.endswith("no checkpoint, it has no config.json")
+    monkeypatch.setattr("moiie_export.cli.sources.find_spec", lambda name: None if name == "onnx" else object())
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT)
+    assert (result.code, result.error) == (4, "this needs packages that are not installed: onnx")

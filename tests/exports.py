@@ -1,0 +1,59 @@
+"""Synthetic checkpoints exported once: kept in build/ under a hash of the exporter's sources, for all tests and workers."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from moiie_export.pipeline import ExportRequest, export_bundle
+from moiie_export.recipe import Recipe, load_recipe
+from tests.synthetic import write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+Storage = Literal["float32", "float16"]
+BUNDLES = ROOT / "build" / "test-bundles"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A synthetic checkpoint and its bundle; both are shared, so copy before you change anything."""
+
+    checkpoint: Path
+    bundle: Path
+    recipe: Recipe
+
+
+@cache
+def sources_digest() -> str:
+    """Hex digest of everything that decides what an export of a given checkpoint writes."""
+    digest = hashlib.sha256()
+    sources = [*(ROOT / "moiie_export").rglob("*.py"), *(ROOT / "runtime").glob("tensor*.py")]
+    for path in sorted([*sources, *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "tests").glob("synthetic*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def small_recipe(storage: Storage = "float32", max_context: int = 64) -> Recipe:
+    """The default recipe with a short context."""
+    recipe = load_recipe("default")
+    return replace(recipe, export=replace(recipe.export, dtype=storage, max_context=max_context))
+
+
+def exported(settings: Mapping[str, Any], storage: Storage = "float32", max_context: int = 64) -> Exported:
+    """The checkpoint that `write_checkpoint(**settings)` writes, and its bundle with weights stored as `storage`."""
+    key = hashlib.sha256(json.dumps([storage, max_context, settings], sort_keys=True).encode()).hexdigest()[:16]
+    folder = BUNDLES / sources_digest() / f"synthetic-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = Exported(folder / "checkpoint", folder / "bundle", small_recipe(storage, max_context))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.bundle.is_dir():
+            write_checkpoint(result.checkpoint, **settings)
+            export_bundle(ExportRequest(result.checkpoint, result.bundle, result.recipe))
+    return result
