@@ -13,7 +13,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything for development
 
-$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh
+$(STAMP): pyproject.toml setup.py constraints.txt scripts/make_venv.sh
 	@sh scripts/make_venv.sh $(VENV)
 	@touch $@
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from moiie_runtime.errors import Unsound
 
+_SHOWN = 40
+_WIDTH = 300
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -34,8 +37,10 @@ class RecipeError(Unsound):
             only = self.problems[0]
             super().__init__(str(only), only.hint or _HINT)
             return
-        lines = [f"{problem}" + (f" ({problem.hint})" if problem.hint else "") for problem in self.problems]
-        super().__init__("\n".join([f"{len(lines)} problems in the recipe", *(f"  {line}" for line in lines)]), _HINT)
+        lines = [f"  {problem}" + (f" ({problem.hint})" if problem.hint else "") for problem in self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"  and {len(self.problems) - _SHOWN} more")
+        super().__init__("\n".join([f"{len(self.problems)} problems in the recipe", *lines]), _HINT)
 
 
 _HINT = "`moiie recipe show default` explains every key"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from moiie_export.model_config import ModelConfig, MoeConfig, VisionConfig
 from moiie_export.weights import Part, Shape, Weight, WeightMap
@@ -22,7 +22,7 @@ def build_weight_map(config: ModelConfig, checkpoint_rows: int, names: Mapping[s
         names: source ("checkpoint", "vision_tower") -> tensor names in its files.
     """
     weights = [
-        *_vision_weights(config),
+        *_vision_weights(config, frozenset(names.get(TOWER, ()))),
         _vocabulary(config, "embed_tokens.weight", "model.embed_tokens.weight", checkpoint_rows),
         *_decoder_weights(config),
         _vocabulary(config, "decoder.lm_head.weight", "lm_head.weight", checkpoint_rows),
@@ -48,11 +48,11 @@ def _vocabulary(config: ModelConfig, name: str, tensor: str, rows: int) -> Weigh
     return Weight(name, (kept, width), (part,))
 
 
-def _vision_weights(config: ModelConfig) -> Iterator[Weight]:
+def _vision_weights(config: ModelConfig, tower_names: Set[str]) -> Iterator[Weight]:
     vision = config.vision
-    source, prefix = (
-        (CHECKPOINT, _TOWER_IN_CHECKPOINT) if config.vision_weights_in_checkpoint else (TOWER, _TOWER_ALONE)
-    )
+    # transformers 5 saves a tower alone without the module name in front
+    alone = "" if "embeddings.patch_embedding.weight" in tower_names else _TOWER_ALONE
+    source, prefix = (CHECKPOINT, _TOWER_IN_CHECKPOINT) if config.vision_weights_in_checkpoint else (TOWER, alone)
     for name, shape in _tower_shapes(vision):
         ours = name.replace("encoder.layers.", "layers.")
         positions = "position_embedding" in name

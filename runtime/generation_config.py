@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.strict_files import show
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ class GenerationConfig:
             _require_int("seed", self.seed, 0)
         if not isinstance(self.do_sample, bool):
             raise _bad("do_sample", "true or false", self.do_sample)
-        _require_number("temperature", self.temperature, "a number of at least 0", lambda value: value >= 0)
-        _require_number("top_p", self.top_p, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
-        _require_number("repetition_penalty", self.repetition_penalty, "a number above 0", lambda value: value > 0)
+        # Beyond these bounds float32 logits overflow.
+        if isinstance(self.temperature, bool) or self.temperature != 0:
+            _require_number("temperature", self.temperature, 1e-3, 1e6, "0 or ")
+        _require_number("top_p", self.top_p, 1e-6, 1)
+        _require_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
         object.__setattr__(self, "eos_token_id", _as_tuple("eos_token_id", self.eos_token_id, int))
         object.__setattr__(self, "stop_strings", _as_tuple("stop_strings", self.stop_strings, str))
 
@@ -93,7 +95,7 @@ _DRAWING = {"temperature": 0, "top_k": 0, "top_p": 1}
 
 
 def _bad(name: str, expected: str, value: object) -> MoiieError:
-    return MoiieError(f"generation setting {name} must be {expected}, got {value!r}")
+    return MoiieError(f"generation setting {name} must be {expected}, got {show(value)}")
 
 
 def _require_int(name: str, value: object, minimum: int) -> None:
@@ -101,10 +103,9 @@ def _require_int(name: str, value: object, minimum: int) -> None:
         raise _bad(name, f"an integer of at least {minimum}", value)
 
 
-def _require_number(name: str, value: object, expected: str, allowed: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not allowed(value):  # type: ignore[arg-type]
-        raise _bad(name, expected, value)
+def _require_number(name: str, value: object, low: float, high: float, also: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise _bad(name, f"{also}a number from {low:g} to {high:g}", value)
 
 
 def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:

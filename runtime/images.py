@@ -23,7 +23,7 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray
 MAX_PIXELS = 178_956_970  # the number at which Pillow itself refuses
 _BAND_PIXELS = 2**22
 # Formats that are decoded by libraries inside Pillow; others start programs (EPS) or are no pictures.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _SUPPORTED = "give a picture file (PNG, JPEG, WebP, BMP, GIF, TIFF or PPM)"
 
 

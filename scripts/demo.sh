@@ -8,7 +8,14 @@ case_dir=tests/golden/moiie_phi3
 bundle=build/demo/moiie-phi3
 
 step() {
-  printf '\n$ moiie %s\n' "$*"
+  printf '\n$ moiie'
+  for word in "$@"; do
+    case $word in
+      *[!A-Za-z0-9_./-]*) printf ' "%s"' "$word" ;;
+      *) printf ' %s' "$word" ;;
+    esac
+  done
+  printf '\n'
   "$moiie" "$@"
 }
 

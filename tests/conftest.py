@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import pytest
 from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.recipe import load_recipe
 from moiie_runtime.tensors import TensorFile
+from tests.exports import BUNDLES, sources_digest
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -74,15 +75,15 @@ def golden_bundle() -> Callable[[str], Path]:
     Bundles are kept in build/ under a hash of the exporter's sources, so that a second run of the tests, or a second
     worker, exports nothing.
     """
-    digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "moiie_export").rglob("*.py"), *(ROOT / "runtime").glob("tensor*.py")]):
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / "test-bundles" / digest.hexdigest()[:16]
+    folder = BUNDLES / sources_digest()
 
     def export(name: str) -> Path:
         case = GoldenCase(name)
-        if not (folder / name).is_dir():
-            export_bundle(ExportRequest(case.checkpoint, folder / name, load_recipe("default")))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{name}.lock").open("w") as lock:  # other workers wait for the first
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / name).is_dir():
+                export_bundle(ExportRequest(case.checkpoint, folder / name, load_recipe("default")))
         return folder / name
 
     return export

@@ -57,3 +57,7 @@ def exported(settings: Mapping[str, Any], storage: Storage = "float32", max_cont
             write_checkpoint(result.checkpoint, **settings)
             export_bundle(ExportRequest(result.checkpoint, result.bundle, result.recipe))
     return result
+
+
+SMALLEST: dict[str, Any] = {"layers": 1, "moe_layers": "all", "vocab": 288}
+"""A whole MoIIE model in one decoder layer: what exports fastest."""

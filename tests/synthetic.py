@@ -86,8 +86,7 @@ def write_checkpoint(directory: Path, **settings: Any) -> Path:
     _write_tensors(directory, {**decoder_tensors(model), **copies}, model)
     _write_json(directory / "config.json", {**_config(model), "mm_vision_tower": tower})
     write_tokenizer(directory, model.backbone, tokenizer_entries(model))
-    generation = {key: value for key, value in special_ids(model.backbone).items() if value is not None}
-    _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / "generation_config.json", _known_ids(model))
     return directory
 
 
@@ -192,14 +191,14 @@ def _config(model: Synthetic) -> dict[str, Any]:
         "architectures": [architecture],
         "model_type": model_type,
         "attention_dropout": 0.0,
-        **special_ids(model.backbone),
+        **_known_ids(model),
         "freeze_mm_mlp_adapter": False,
         "hidden_act": "silu",
         "hidden_size": model.hidden,
         "image_aspect_ratio": "pad",
         "initializer_range": 0.02,
         "intermediate_size": model.intermediate,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 4096 if model.backbone == "phi3" else 8192,
         "mm_hidden_size": model.tower[0] * (3 if model.s2 else 1),
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
@@ -231,6 +230,10 @@ def _config(model: Synthetic) -> dict[str, Any]:
     if model.moe_layers != "odd":
         config["moe_layers"] = model.moe_layers
     return config | _expert_config(model)
+
+
+def _known_ids(model: Synthetic) -> dict[str, Any]:
+    return {key: value for key, value in special_ids(model.backbone).items() if value is not None}
 
 
 def _expert_config(model: Synthetic) -> dict[str, Any]:

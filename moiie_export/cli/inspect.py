@@ -94,8 +94,7 @@ def _map(value: Any) -> Mapping[str, Any]:
 def _damaged(bundle: Path, problems: list[str]) -> Unsound:
     count = "1 file is" if len(problems) == 1 else f"{len(problems)} files are"
     return Unsound(
-        f"{bundle}: {count} not as bundle.json says\n"
-        + "\n".join(f"  {problem}" for problem in problems),
+        f"{bundle}: {count} not as bundle.json says\n" + "\n".join(f"  {problem}" for problem in problems),
         "copy the bundle again, or write it again with `moiie export`",
     )
 

@@ -60,11 +60,11 @@ class Check:
         """The finding as one sentence, the place first."""
         if not self.ran:
             return f"{self.name}: {self.note}"
-        place = f"{self.where}: " if self.where else ""
+        place = self.where if self.layer is None or "layer" in self.where else f"layer {self.layer}, {self.where}"
+        verb = "agree" if self.passed else _VERBS.get(self.stage, "differ")
+        verb += "" if self.stage.endswith("s") or self.stage in _VERBS else "s"
         judged = f"{self.metric} {_short(self.value)}" + ("" if self.bound is None else f", bound {_short(self.bound)}")
-        return f"{place}{self.name} {'agree' if self.passed else 'differ'}: {judged}" + (
-            f" ({self.note})" if self.note else ""
-        )
+        return (f"{place}: " if place else "") + f"{self.name} {verb}: {judged}" + (f" ({self.note})" if self.note else "")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; a value that is not a finite number becomes its name."""
@@ -85,6 +85,7 @@ SMALLEST = ("agreement", "equal tokens")
 """Metrics whose bound is a smallest value."""
 NOTICED = ("tie share",)
 """Metrics where anything above zero is worth a look."""
+_VERBS = {"finite": "fails", "ties": "are too many"}
 
 
 def judge(stage: str, metric: str, value: float, bound: float, **place: Any) -> Check:

@@ -93,8 +93,8 @@ class Parity:
     def _check_graphs(self, source: ModelSource, wanted: tuple[Component, ...]) -> dict[str, onnx.ModelProto]:
         """Interfaces of all graphs, their nodes' attributes, and the manifest; returns the parsed graphs."""
         models = {component.name: load_graph(self._bundle, component) for component in wanted}
-        for component in wanted:
-            self._report.checks += check_interface(self._bundle, component, models[component.name])
+        found = [check_interface(self._bundle, component, models[component.name]) for component in wanted]
+        self._report.checks += [check for stage in zip(*found, strict=True) for check in stage]
         for name, model in models.items():
             self._report.checks += check_attributes(source.config, name, model)
         self._report.checks += check_manifest(self._bundle, source)

@@ -13,6 +13,7 @@ from moiie_export.parity.decoder_stage import CaseRun
 from moiie_export.parity.metrics import Array, error
 from moiie_export.parity.report import Check, judge, left_out
 from moiie_export.recipe import Bounds
+from moiie_runtime.errors import MoiieError
 from moiie_runtime.generate import Generation, Record
 from moiie_runtime.vlm import VLM
 
@@ -48,16 +49,21 @@ def compare_text(
     The runtime is not told anything: prompt, pixels, embeddings, cache and unmarked graphs are its own.
 
     Returns:
-        Two checks, and the answers.
+        The checks and the answers.
     """
-    generation = vlm.generate(
-        question.messages,
-        record=Record(step_logits=True),
-        max_new_tokens=len(run.tokens),
-        do_sample=False,
-        repetition_penalty=1.0,
-    )
     expected = _until_end(run.tokens, eos)
+    try:
+        generation = vlm.generate(
+            question.messages,
+            record=Record(step_logits=True),
+            max_new_tokens=len(run.tokens),
+            do_sample=False,
+            repetition_penalty=1.0,
+        )
+    except MoiieError as error:  # the prompt is sound and fits; what is wrong then is the bundle
+        text = vlm.processor.tokenizer.decode(expected)
+        nothing = Answers(expected, [], text, "", 0, None, False)
+        return [Check("text", "equal tokens", 0, len(expected), False, case=question.name, note=error.message)], nothing
     answers = _answers(vlm, generation, expected, run.token_logits, bounds)
     same = len(expected) if answers.diverges is None else answers.diverges
     note = ""

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moiie_export.recipe import load_recipe
+from moiie_export.recipe import load_recipe, shipped_recipes
 from tests.cli.conftest import Moiie
 
 
 def test_ls(moiie: Moiie) -> None:
     result = moiie("recipe", "ls")
     assert (result.code, result.err) == (0, "")
-    assert [line.split()[0] for line in result.out.splitlines()] == [
-        "default", "moiie-llama3", "moiie-phi3-s2", "moiie-phi3"
-    ]  # fmt: skip
+    names = [line.split()[0] for line in result.out.splitlines()]
+    assert names == [path.stem for path in shipped_recipes()]
+    assert {"default", "moiie-llama3", "moiie-phi3-s2", "moiie-phi3"} <= set(names)
     listed = moiie("recipe", "ls", "--json").document["recipes"]
-    assert listed[0]["name"] == "default"
+    assert [each["name"] for each in listed] == names
     assert Path(listed[0]["path"]).is_file()
 
 

@@ -32,7 +32,6 @@ CASES: dict[str, tuple[Storage, dict[str, Any]]] = {
         {"backbone": "llama", "experts": 6, "layers": 1, "moe_layers": "all", "kv_heads": 2, "unfreeze": True},
     ),
     "hard_phi3_float16": ("float16", {"variant": "hard", "layers": 1, "moe_layers": "all", "unfreeze": True}),
-    "routed_phi3": ("float32", {"variant": "routed", "layers": 1, "moe_layers": "all"}),
 }
 
 
@@ -152,7 +151,9 @@ def run(bundle: Path, graph: str) -> dict[str, np.ndarray]:
             feeds[name] = random.standard_normal(shape).astype(spec.dtype)
         batch = len(feeds.get("past_lengths", []))
         if graph == "decoder_prefill":
-            feeds["token_modality"] = np.tile(np.array([[0] * 12, [0, 0] + [1] * 8 + [0, 0]], np.int32), (batch // 2, 1))
+            feeds["token_modality"] = np.tile(
+                np.array([[0] * 12, [0, 0] + [1] * 8 + [0, 0]], np.int32), (batch // 2, 1)
+            )
             feeds["logits_to_keep"] = np.tile(np.arange(12), (batch, 1))
             feeds["past_lengths"] = np.zeros(batch, np.int64)
         elif graph == "decoder_decode":

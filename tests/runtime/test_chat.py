@@ -84,8 +84,14 @@ def test_pictures_stand_where_they_are_put(content, text, images):
         ([user("<image> Q")], r"has 1 `<image>` but 0 picture"),
         ([user([CAT, "<image> <image> Q"])], r"has 2 `<image>` but 1 picture"),
         ([user([CAT, DOG, "<image> Q"])], r"has 2 pictures but 1 `<image>`"),
-        ([user("Q"), {"role": "assistant", "content": "<image> A"}, user("Q")], r"message 1 \(assistant\): has 1 `<image>`"),
-        ([user("Q"), {"role": "assistant", "content": [CAT, "A"]}, user("Q")], "only the user's messages can hold pictures"),
+        (
+            [user("Q"), {"role": "assistant", "content": "<image> A"}, user("Q")],
+            r"message 1 \(assistant\): has 1 `<image>`",
+        ),
+        (
+            [user("Q"), {"role": "assistant", "content": [CAT, "A"]}, user("Q")],
+            "only the user's messages can hold pictures",
+        ),
         ([{"role": "system", "content": "S"}], "the last message must be the user's"),
         ([user("Q"), {"role": "assistant", "content": "A"}], "the last message must be the user's"),
         ([user("Q"), user("Q")], "turn 2 is 'user' where 'assistant' is due"),

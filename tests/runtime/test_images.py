@@ -84,7 +84,14 @@ def test_all_sources_give_the_same_picture(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(array), "PNG")
     (tmp_path / "a.png").write_bytes(data)
-    for source in (array, array[:, ::-1][:, ::-1], data, tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array)):
+    for source in (
+        array,
+        array[:, ::-1][:, ::-1],
+        data,
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        Image.fromarray(array),
+    ):
         np.testing.assert_array_equal(np.asarray(load_image(source)), array)
 
 
@@ -112,7 +119,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(30000, 30000), (13000, 12000), (13400, 1), (1, 2**30)])
+@pytest.mark.parametrize("size", [(30000, 30000), (13400, 13400), (13400, 1), (1, 2**30)])
 def test_a_decompression_bomb_is_refused_by_its_header(size):
     with pytest.raises(MoiieError, match="the picture is too large") as caught:
         load_image(png_header(*size))

@@ -15,6 +15,7 @@ from moiie_export.config import parse_config
 from moiie_export.model.layers import GatedMlp
 from moiie_export.model.moe import MoeBlock
 from moiie_export.model_config import MoeConfig, TextConfig
+from moiie_runtime.prompt import token_modality
 
 CASE = Path(__file__).parents[2] / "golden" / "moiie_phi3"
 TOWER = json.loads((CASE / "vision_tower" / "siglip-tiny-patch14-384" / "config.json").read_text())
@@ -189,10 +190,12 @@ def test_vision_never_meets_the_language_expert() -> None:
     ],
 )
 def test_the_shifted_mask_of_the_runtime(types: list[int], vision: list[int]) -> None:
-    """Facts of Appendix A for the one place where the shift is computed."""
-    from moiie_runtime.routing import shift_modality
-
-    assert shift_modality(np.array(types)).tolist() == vision
+    """Facts of Appendix A for the one place where the block's mask is computed."""
+    shifted = token_modality(np.array(types, np.int32), last_image_token_is_language=True)
+    assert shifted.tolist() == vision
+    _, routing = block()(tokens(len(types)), torch.from_numpy(shifted))
+    assert routing.router_logits is not None
+    assert torch.isneginf(routing.router_logits[:, 3]).int().tolist() == vision
 
 
 def test_an_unreachable_expert_has_no_parameters() -> None:

@@ -1,0 +1,173 @@
+"""The stages of training: what each one learns, on what, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name)
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moiie_export.model.vlm import VlmModel
+from moiie_recipes.demo.batches import (
+    Batch,
+    labels_of,
+    make_layout,
+    normalise,
+    small_picture,
+    training_batch,
+    training_scene,
+)
+from moiie_recipes.demo.differentiable import Forward, Layout, forward, rms_norm
+from moiie_recipes.demo.losses import answer_loss, balance_loss
+from moiie_recipes.demo.scenes import COLOURS, SHAPES, Scene
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of a training run; the defaults gave the shipped model."""
+
+    seed: int = 0
+    scenes: int = 24_000
+    pictures_per_step: int = 16
+    questions_per_picture: int = 8
+    tower_steps: int = 300
+    dense_steps: int = 800
+    align_steps: int = 120
+    sparse_steps: int = 2000
+    learning_rate: float = 2e-3
+    balance: float = 0.01
+    """Coefficient of each load-balancing loss. The authors' 0.001 suits billions of tokens, not some millions."""
+
+
+STAGES = ("tower", "dense", "align", "sparse")
+
+
+@dataclass
+class Stage:
+    """One stage: its name, its settings, the model and the tokenizer."""
+
+    name: str
+    settings: Settings
+    model: VlmModel
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        tower = self.model.config.vision
+        self.head = nn.Linear(tower.hidden_size, sum(self._head_sizes())) if self.name == "tower" else None
+
+    @property
+    def steps(self) -> int:
+        """How many steps the stage takes."""
+        return int(getattr(self.settings, f"{self.name}_steps"))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of its rows."""
+        return make_layout(self.tokenizer, self.settings.questions_per_picture)
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """What the stage changes: the tower, everything, or the projector alone."""
+        vision = self.model.vision_encoder
+        if self.head is not None:
+            return [*vision.tower.parameters(), *self.head.parameters()]
+        return vision.projector.parameters() if self.name == "align" else self.model.parameters()
+
+    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of step number `step`, and numbers for the log."""
+        scenes = [training_scene(self.settings.seed, i, self._most_things(step)) for i in self._indices(step)]
+        if self.head is not None:
+            return self._tower_loss(self.head, scenes)
+        salt = f"{self.name}/{step}"
+        batch = training_batch(self.tokenizer, scenes, self.settings.questions_per_picture, salt)
+        logits, found = answer_logits(self.model, self.layout, batch, torch.bfloat16)
+        labels = batch.labels[batch.labels >= 0]
+        loss = answer_loss(logits, labels)
+        numbers = {"answer": loss.item()}
+        if found.router_logits:
+            for name, value in self._balance(found, batch).items():
+                loss = loss + self.settings.balance * value
+                numbers[f"balance_{name}"] = value.item()
+        return loss, numbers
+
+    def _indices(self, step: int) -> list[int]:
+        size = self.settings.pictures_per_step
+        offset = STAGES.index(self.name) * 7919  # stages begin at different scenes
+        return [(offset + step * size + i) % self.settings.scenes for i in range(size)]
+
+    def _most_things(self, step: int) -> int:
+        """The dense stage begins with few things: finding the one that is asked for is hard to learn among many."""
+        return min(5, 2 + 4 * step // self.steps) if self.name == "dense" else 5
+
+    def _tower_loss(self, head: nn.Linear, scenes: list[Scene]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Cross entropy of the shape and the colour in each patch, and of the patch's row and column."""
+        pixels = normalise(torch.from_numpy(np.stack([small_picture(scene) for scene in scenes])))
+        labels = torch.from_numpy(np.stack([labels_of(scene) for scene in scenes])).long().reshape(-1)
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = head(self.model.vision_encoder.tower(pixels)).flatten(0, 1)
+        colours, grid = len(COLOURS), self.model.config.vision.grid
+        place = torch.arange(grid * grid).repeat(len(scenes))
+        shape = torch.where(labels > 0, 1 + (labels - 1) // colours, 0)
+        colour = torch.where(labels > 0, 1 + (labels - 1) % colours, 0)
+        targets = (shape, colour, place // grid, place % grid)
+        parts = logits.split(self._head_sizes(), dim=1)
+        loss = torch.stack([F.cross_entropy(part, target) for part, target in zip(parts, targets, strict=True)]).sum()
+        right = ((parts[0].argmax(1) == shape) & (parts[1].argmax(1) == colour))[labels > 0].float().mean().item()
+        where = ((parts[2].argmax(1) == targets[2]) & (parts[3].argmax(1) == targets[3])).float().mean().item()
+        return loss, {"things_right": right, "places_right": where}
+
+    def _head_sizes(self) -> list[int]:
+        grid = self.model.config.vision.grid
+        return [1 + len(SHAPES), 1 + len(COLOURS), grid, grid]
+
+    def _balance(self, found: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        moe = self.model.config.moe
+        assert moe is not None
+        rows, prefix = len(batch.ids), torch.zeros(len(self.layout.prefix), dtype=torch.bool)
+        modality = self.layout.token_modality.repeat(rows, 1)
+        valid = torch.cat((torch.ones(rows, self.layout.image_tokens, dtype=torch.bool), batch.valid), dim=1)
+        vision = torch.cat((prefix, (modality == 1).reshape(-1)))
+        language = torch.cat((~prefix, ((modality != 1) & valid).reshape(-1)))
+        return {
+            name: balance_loss(found.router_logits, which, moe.expert_groups[name], moe.top_k)
+            for name, which in (("vision", vision), ("language", language))
+        }
+
+
+class _Answers(nn.Module):
+    """A module around the model, so that it can be called with parameters in another type."""
+
+    def __init__(self, model: VlmModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, layout: Layout, batch: Batch) -> tuple[torch.Tensor, Forward]:
+        model, rows = self.model, len(batch.ids)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has a slow backward pass on a CPU
+            features, _ = model.vision_encoder(batch.pixel_values.to(model.embed_tokens.weight.dtype))
+        embeds = torch.cat((features, model.embed_tokens(batch.ids)), dim=1)
+        flat = torch.cat((model.embed_tokens(layout.prefix), embeds.flatten(0, 1)))
+        found = forward(model, flat, rows, layout)
+        labels = torch.cat((torch.full((rows, layout.image_tokens), -100), batch.labels), dim=1).reshape(-1)
+        hidden = found.hidden[len(layout.prefix) :][labels >= 0]
+        return model.decoder.lm_head(rms_norm(model.decoder.norm, hidden)), found
+
+
+def answer_logits(
+    model: VlmModel, layout: Layout, batch: Batch, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, Forward]:
+    """Logits [n, V] at every position with a label, in order, and the whole forward, computed in `dtype`.
+
+    The parameters stay float32 and get float32 gradients.
+    """
+    answers = _Answers(model)
+    if dtype == torch.float32:
+        found: tuple[torch.Tensor, Forward] = answers(layout, batch)
+        return found
+    cast = {name: p if ".gate" in name and "proj" not in name else p.to(dtype) for name, p in answers.named_parameters()}
+    return torch.func.functional_call(answers, cast, (layout, batch))
