@@ -101,6 +101,7 @@ class Workspace:
             workspace = cls(Path(os.path.realpath(output)))  # never fails, unlike resolve()
             if workspace.output.suffix in (_PARTIAL, _REPLACED, _LOCK):
                 raise MoiieError(f"{output}: names ending in {output.suffix} mark unfinished work", "choose another -o")
+            _check_parent(workspace.output)
             _check_owned(workspace.output, _BUNDLE_MARKS, "a bundle")
             _check_owned(workspace.partial, _PARTIAL_MARKS, "an unfinished export")
             _check_owned(workspace.replaced, _BUNDLE_MARKS, "a bundle")
@@ -186,8 +187,16 @@ class Workspace:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             path = self.output.with_name(self.output.name + _LOCK)
             with lock(path, f"{self.output}: another export is writing here"):
+                self._restore()
                 self._read()
                 yield
+
+    def _restore(self) -> None:
+        """Give the old bundle its name back when an export was killed just before its own directory took it."""
+        records = _read_records(self.replaced)
+        whole = bool(records) and all(_missing(record, self.replaced) is None for record in records.values())
+        if whole and not self.output.exists():
+            self.replaced.rename(self.output)
 
     def _read(self) -> None:
         directories = (self.partial, self.output, self.replaced)
@@ -243,6 +252,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _check_parent(output: Path) -> None:
+    existing = next(path for path in (*output.parents, Path("/")) if path.exists())
+    if not existing.is_dir():
+        raise MoiieError(f"{output}: {existing} is no directory", "choose another -o")
+
+
 def _check_owned(directory: Path, marks: Sequence[str], kind: str) -> None:
     """Refuse a directory that an export would later replace or remove, unless an export made it."""
     if not directory.exists() and not directory.is_symlink():
@@ -270,6 +285,11 @@ def _problem(stage: Stage, records: Mapping[str, StageRecord], directory: Path) 
         return "not done yet"
     if record.fingerprint != stage.fingerprint or set(record.files) != set(stage.files):
         return "its inputs changed"
+    return _missing(record, directory)
+
+
+def _missing(record: StageRecord, directory: Path) -> str | None:
+    """Which of a stage's files is not there as it was left; None when all are."""
     for name, expected in record.files.items():
         path = directory / name
         if path.is_symlink() or not path.is_file() or path.stat().st_size != expected["bytes"]:

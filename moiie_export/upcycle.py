@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from moiie_export.checkpoint import Checkpoint
 from moiie_export.checkpoint_files import CONFIG
-from moiie_export.stages import write_json
+from moiie_export.disk import write_json
 from moiie_export.upcycle_config import SparseShape, sparse_config, sparse_shape
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.tensor_header import ITEM_SIZES

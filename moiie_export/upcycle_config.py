@@ -101,7 +101,8 @@ def sparse_shape(config: Mapping[str, Any], where: str, num_experts: int | None,
     chosen = _settle((reader, where), "num_experts_per_tok", top_k, 2, converted)
     if not 1 <= chosen <= reach:
         raise MoiieError(
-            f"--top-k {chosen}: with {experts} experts a token may reach {reach}", f"use 1 to {reach}; the authors use 2"
+            f"--top-k {chosen}: with {experts} experts a token may reach {reach}",
+            f"use 1 to {reach}; the authors use 2",
         )
     return SparseShape(
         backbone.model_type,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 
 from moiie_export.model_config import ModelConfig, MoeConfig, VisionConfig
 from moiie_export.weights import Part, Shape, Weight, WeightMap
@@ -48,7 +48,7 @@ def _vocabulary(config: ModelConfig, name: str, tensor: str, rows: int) -> Weigh
     return Weight(name, (kept, width), (part,))
 
 
-def _vision_weights(config: ModelConfig, tower_names: Set[str]) -> Iterator[Weight]:
+def _vision_weights(config: ModelConfig, tower_names: frozenset[str]) -> Iterator[Weight]:
     vision = config.vision
     # transformers 5 saves a tower alone without the module name in front
     alone = "" if "embeddings.patch_embedding.weight" in tower_names else _TOWER_ALONE

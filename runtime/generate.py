@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moiie_runtime.answer import Answer, FinishReason
 from moiie_runtime.decoder import Decoder, StepResult
+from moiie_runtime.errors import MoiieError
 from moiie_runtime.kv_cache import KVCache
 from moiie_runtime.routing import LayerRouting, Routing
 
@@ -106,11 +107,21 @@ class Generation:
 
 @dataclass(frozen=True)
 class Record:
-    """What to keep beside the text: logits of the prompt and of each step, and the experts chosen."""
+    """What to keep beside the text.
+
+    Attributes:
+        prefill_logits: logits of the prompt, of its last position or of all.
+        step_logits: the logits each token was chosen from.
+        routing: the experts chosen.
+    """
 
     prefill_logits: Literal["last", "all"] | None = None
     step_logits: bool = False
     routing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prefill_logits not in (None, "last", "all"):
+            raise MoiieError(f'prefill_logits must be None, "last" or "all", got {self.prefill_logits!r}')
 
 
 TEXT_ONLY = Record()
@@ -190,10 +201,11 @@ def generate(
 ) -> list[Generation]:
     """Whole answers, one for each row. See `generate_steps`."""
     recorders = [_Recorder(answer, row, record, decoder.num_experts) for row, answer in enumerate(answers)]
-    for step in generate_steps(decoder, answers, cache, record):
-        for recorder, text in zip(recorders, step.texts, strict=True):
-            if text is not None:
-                recorder.add(step, text)
+    with closing(generate_steps(decoder, answers, cache, record)) as steps:
+        for step in steps:
+            for recorder, text in zip(recorders, step.texts, strict=True):
+                if text is not None:
+                    recorder.add(step, text)
     return [recorder.result() for recorder in recorders]
 
 

@@ -62,14 +62,13 @@ class GenerationConfig:
         return not self.do_sample or self.temperature == 0
 
     def updated(self, changes: Mapping[str, Any]) -> GenerationConfig:
-        """These settings with some of them changed by the caller.
+        """These settings with some of them changed by the caller; None leaves one as it is.
 
         A temperature above 0, `top_k` or `top_p` only mean something when tokens are drawn: giving one without
         `do_sample` turns `do_sample` on, as the authors' scripts do (spec 5.5).
 
         Raises:
-            MoiieError: an unknown name, a bad value, or one of the three together with `do_sample=False`. None leaves
-                a setting as it is.
+            MoiieError: an unknown name, a bad value, or one of the three together with `do_sample=False`.
         """
         known = [field.name for field in fields(self)]
         for name in changes:

@@ -123,7 +123,9 @@ def _show(vlm: VLM, checkpoint: Path, wanted: tuple[Path, int], as_json: bool) -
     if not as_json:
         click.echo(report.summary())
     if not report:
-        raise Unsound(f"{bundle} is not the model of {checkpoint}: {report.verdict()}", f"remove {bundle} and run again")
+        raise Unsound(
+            f"{bundle} is not the model of {checkpoint}: {report.verdict()}", f"remove {bundle} and run again"
+        )
     shown = show(vlm, output, seed)
     if as_json:
         emit_json({"bundle": bundle, "parity": report.to_dict(), "picture": shown.picture, **_shown(shown)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,16 +20,16 @@ A checkpoint that the authors' converter made, which has experts but no gates, g
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path), metavar="DENSE_CHECKPOINT")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write."
+)
 @click.option("--experts", type=int, metavar="N", help="Experts in each odd layer.  [default: 4]")
 @click.option("--top-k", type=int, metavar="K", help="Experts that run for a token.  [default: 2]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the gates, drawn from N(0, 0.02).")
 @click.option("--check", is_flag=True, help="Read the result again and compare it with the input, bit by bit.")
 @JSON_OPTION
 @VERBOSE_OPTION
-def command(
-    checkpoint: Path, output: Path, experts: int | None, top_k: int | None, seed: int, check: bool, as_json: bool
-) -> None:
+def command(checkpoint: Path, output: Path, check: bool, as_json: bool, **options: Any) -> None:
     """Convert a dense checkpoint to a mixture of modality experts, ready to be trained.
 
     The feed-forward of every odd layer is copied to N experts, so that the new model first answers as the dense one does.
@@ -39,7 +40,7 @@ def command(
 
     checkpoint_directory(checkpoint)
     progress = Progress()
-    result = upcycle(checkpoint, output, Upcycling(experts, top_k, seed), progress)
+    result = upcycle(checkpoint, output, Upcycling(options["experts"], options["top_k"], options["seed"]), progress)
     progress.finish()
     if check:
         check_upcycled(checkpoint, output)

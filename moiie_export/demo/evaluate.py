@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from moiie_export.demo.pytorch_answers import greedy_ids
-from moiie_export.model.moe import MoeBlock
+from moiie_export.model.moe import Expert, MoeBlock
 from moiie_export.model.vlm import VlmModel
 from moiie_recipes.demo.held_out import Item
 from moiie_recipes.demo.questions import KINDS, ONE_THING
@@ -121,7 +120,8 @@ def _vision_experts_zeroed(model: VlmModel) -> Iterator[None]:
         if isinstance(layer.mlp, MoeBlock):
             groups = layer.mlp.moe.expert_groups
             for expert in set(groups["vision"]) - set(groups["language"]):
-                weight = layer.mlp.experts[str(expert)].down_proj.data
+                module = cast(Expert, layer.mlp.experts[str(expert)])
+                weight = module.down_proj.data
                 saved.append((weight, weight.clone()))
                 weight.zero_()
     try:

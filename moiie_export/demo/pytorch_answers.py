@@ -54,7 +54,11 @@ def _inputs(model: VlmModel, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, t
     for row, prompt in enumerate(prompts):
         [[place]] = np.argwhere(prompt.input_ids < 0)
         before, behind = prompt.input_ids[:place], prompt.input_ids[place + 1 :]
-        parts = [model.embed_tokens(torch.from_numpy(before)), features[row], model.embed_tokens(torch.from_numpy(behind))]
+        parts = [
+            model.embed_tokens(torch.from_numpy(before)),
+            features[row],
+            model.embed_tokens(torch.from_numpy(behind)),
+        ]
         embeds[row, : prompt.length] = torch.cat(parts)
         modality[row, : prompt.length] = torch.from_numpy(prompt.token_modality)
     return embeds, modality

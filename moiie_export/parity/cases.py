@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from moiie_export.bundle_manifest import IMAGE_MARKER, IMAGE_PLACEHOLDER
-from moiie_export.config import ModelConfig
+from moiie_export.model_config import ModelConfig
 from moiie_export.parity.metrics import Array
 from moiie_export.parity.report import Check, tell
 from moiie_export.recipe import ParityCase

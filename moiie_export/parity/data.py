@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from moiie_export.config import ModelConfig
+from moiie_export.model_config import ModelConfig
 from moiie_export.parity.cases import Question
 from moiie_export.parity.decoder_stage import CaseRun
 from moiie_export.parity.measure import LayerMeasure, Measure

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from moiie_export.model.layers import KeyValue
 from moiie_export.parity.graphs import BundleGraphs
 from moiie_export.parity.judgement import judge_measure, judge_ties
 from moiie_export.parity.measure import Measure, measure, worst
@@ -35,7 +34,7 @@ class CaseRun:
 
     Attributes:
         inputs: prefill inputs.
-        prefill, decode: the reference's run of the prompt and of each step.
+        prefill, first_step: the reference's run of the prompt and of the token after it.
         tokens: greedy ids of the reference, one more than there are steps.
         token_logits: logits [V] that each was taken from.
     """
@@ -44,7 +43,7 @@ class CaseRun:
     measures: dict[str, Measure]
     inputs: Inputs
     prefill: ReferenceRun
-    decode: list[ReferenceRun]
+    first_step: ReferenceRun
     tokens: list[int]
     token_logits: list[Array]
 
@@ -75,25 +74,25 @@ class DecoderStage:
         prefill = self._reference.run(inputs, past, _choices(actual))
         measures = {"prefill": self._measure(actual, prefill, inputs)}
         advance()
-        tokens, logits, runs, steps = [], [prefill.trace.logits[-1]], [], []
-        _teach(cache, 0, prefill.trace, length)
-        run = prefill
+        tokens, logits, runs, steps = [], [prefill.trace.logits[-1]], [prefill], []
+        _teach(cache, 0, prefill.trace, (0, length))
         for step in range(self._steps):
             tokens.append(int(logits[-1].argmax()))
             cache.lengths[:] = length + step
             row = self._reference.embed(np.array([tokens[-1]]))
             actual = self._graphs.decode(row[None], cache).row(0, 1)
             at = Inputs(row, None, length + step, np.zeros(1, np.int64))
-            run = self._reference.run(at, run.present, _choices(actual))
+            run = self._reference.run(at, runs[-1].present, _choices(actual))
             steps.append(self._measure(actual, run, at))
-            runs.append(run)
+            _teach(cache, 0, run.trace, (at.start, at.stop))
+            runs = [*runs[:2], run]  # each holds a whole cache
             logits.append(run.trace.logits[-1])
             advance()
         tokens.append(int(logits[-1].argmax()))
         measures["decode"] = worst(steps)
         checks = [check for phase, each in measures.items() for check in self._judge(each, case=name, phase=phase)]
         checks += judge_ties(list(measures.values()), self._bounds, case=name)
-        return CaseRun(checks, measures, inputs, prefill, runs, tokens, logits)
+        return CaseRun(checks, measures, inputs, prefill, runs[1], tokens, logits)
 
     def batch(self, name: str, runs: Sequence[CaseRun]) -> list[Check]:
         """Several prompts as one right-padded batch against each alone: prefill, and one step at different lengths."""
@@ -103,24 +102,26 @@ class DecoderStage:
         modality = np.ones(shape, np.int32)
         for row, run in enumerate(runs):
             embeds[row, : lengths[row]] = run.inputs.embeds
-            modality[row, : lengths[row]] = run.inputs.modality
+            modality[row, : lengths[row]] = run.inputs.is_vision
         cache = KVCache(self._bundle, len(runs))
         trace = self._graphs.prefill(embeds, modality, np.array(lengths)[:, None] - 1, cache)
         checks, alone = [], []
         for row, run in enumerate(runs):
             actual = trace.row(row, lengths[row])
             last = Inputs(run.inputs.embeds, run.inputs.modality, 0, np.array([lengths[row] - 1]))
-            alone.append(self._again(run.prefill, last, None, actual))
+            alone.append(self._alone(run.prefill, last, actual))
             place: dict[str, Any] = {"case": f"{name}, row {row}", "phase": "prefill"}
             checks += self._judge(self._measure(actual, alone[row], last), **place)
-            _teach(cache, row, alone[row].trace, lengths[row])
+            _teach(cache, row, alone[row].trace, (0, lengths[row]))
         cache.lengths[:] = lengths
         step = np.stack([self._reference.embed(np.array(run.tokens[:1])) for run in runs])
         trace = self._graphs.decode(step, cache)
         for row, run in enumerate(runs):
             actual = trace.row(row, 1)
             at = Inputs(step[row], None, lengths[row], np.zeros(1, np.int64))
-            expected = self._again(run.decode[0], at, alone[row].present, actual)
+            expected, guide = run.first_step, _choices(actual)
+            if alone[row].present is not run.prefill.present or not expected.serves(guide):
+                expected = self._reference.run(at, alone[row].present, guide)
             place = {"case": f"{name}, row {row}", "phase": "decode"}
             checks += self._judge(self._measure(actual, expected, at), **place)
         return checks
@@ -153,7 +154,7 @@ class DecoderStage:
         actual = self._graphs.prefill(inputs.embeds[None], modality[None], inputs.kept[None], cache).row(0, CHUNK)
         run = self._reference.run(inputs, past, _choices(actual))
         chunk = self._measure(actual, run, inputs)
-        _teach(cache, 0, run.trace, inputs.stop)
+        _teach(cache, 0, run.trace, (inputs.start, inputs.stop))
         cache.lengths[:] = inputs.stop
         actual = self._graphs.decode(embeds[None, -1:], cache).row(0, 1)
         at = Inputs(embeds[-1:], None, inputs.stop, np.zeros(1, np.int64))
@@ -161,13 +162,13 @@ class DecoderStage:
         checks = self._judge(chunk, case=name, phase="prefill") + self._judge(step, case=name, phase="decode")
         return checks + judge_ties([chunk, step], self._bounds, case=name)
 
-    def _again(self, alone: ReferenceRun, inputs: Inputs, past: list[KeyValue] | None, actual: Trace) -> ReferenceRun:
+    def _alone(self, alone: ReferenceRun, inputs: Inputs, actual: Trace) -> ReferenceRun:
         """The reference of a row alone; run again only where the batch settled a tie otherwise."""
         guide = _choices(actual)
         if alone.serves(guide):
-            return _last_logits(alone) if past is None else alone
-        buffers = past or self._reference.model.new_cache(1, inputs.stop + self._steps)
-        return self._reference.run(inputs, buffers, guide)
+            return replace(alone, trace=replace(alone.trace, logits=alone.trace.logits[-1:]))
+        past = self._reference.model.new_cache(1, inputs.stop + self._steps)
+        return self._reference.run(inputs, past, guide)
 
     def _measure(self, actual: Trace, run: ReferenceRun, inputs: Inputs) -> Measure:
         return measure(actual, run, inputs, self._experts)
@@ -185,14 +186,9 @@ def _choices(actual: Trace) -> Mapping[int, Array]:
     return {layer: routed.expert_ids for layer, routed in actual.routing.items()}
 
 
-def _teach(cache: KVCache, row: int, trace: Trace, stop: int) -> None:
-    """Put the reference's keys and values into the bundle's buffers, so that decode is judged on its own."""
+def _teach(cache: KVCache, row: int, trace: Trace, slots: tuple[int, int]) -> None:
+    """Put the reference's keys and values into the bundle's buffers, so that what follows is judged on its own."""
+    start, stop = slots
     for kind, buffers in (("key", trace.keys), ("value", trace.values)):
         for layer, buffer in enumerate(buffers):
-            cache[f"{layer}.{kind}"][row, :, :stop] = buffer[:, :stop]
-
-
-def _last_logits(run: ReferenceRun) -> ReferenceRun:
-    trace = run.trace
-    last = Trace(trace.logits[-1:], trace.hidden, trace.keys, trace.values, trace.routing)
-    return ReferenceRun(last, run.decisions, run.present)
+            cache[f"{layer}.{kind}"][row, :, start:stop] = buffer[:, start:stop]

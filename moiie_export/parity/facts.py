@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moiie_export.bundle_manifest import IMAGE_MARKER, IMAGE_PLACEHOLDER
-from moiie_export.config import ModelConfig
+from moiie_export.model_config import ModelConfig
 from moiie_export.parity.report import Check, tell
 from moiie_export.source import ModelSource
 from moiie_runtime.bundle import Bundle

@@ -114,4 +114,4 @@ def _marked(model: onnx.ModelProto, probes: tuple[Tensor, ...]) -> bytes:
         copy.graph.output.append(
             onnx.helper.make_tensor_value_info(probe.name, ELEMENT_TYPES[probe.dtype], list(probe.dims))
         )
-    return copy.SerializeToString()
+    return bytes(copy.SerializeToString())

@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 import torch
 
-from moiie_export.config import ModelConfig
 from moiie_export.graph.components import Component, Tensor
+from moiie_export.model_config import ModelConfig
 from moiie_export.ops import DOMAIN
 from moiie_export.parity.report import Check, tell
 from moiie_runtime.backends.session import TensorSpec
@@ -81,10 +81,10 @@ def check_attributes(config: ModelConfig, name: str, model: onnx.ModelProto) -> 
         if name != "vision_encoder" and counts.get(op_type, 0) < len(layers):
             layer = layers[counts.get(op_type, 0)]
             differences.append((layer, f"{len(layers)} nodes {op_type} expected, found {counts.get(op_type, 0)}"))
-    layer = min((layer for layer, _ in differences), default=None)
-    lines = [text for _, text in sorted(differences, key=lambda item: item[0])]
-    where = name if layer is None else f"layer {layer}"
-    return [tell("attributes", lines, phase=name, where=where, layer=layer)]
+    differences.sort(key=lambda item: item[0])
+    first = differences[0][0] if differences else None
+    where = name if first is None else f"layer {first}"
+    return [tell("attributes", [text for _, text in differences], phase=name, where=where, layer=first)]
 
 
 def _layers(config: ModelConfig, op_type: str) -> tuple[int, ...]:
@@ -125,7 +125,11 @@ def _wanted(tensors: tuple[Tensor, ...]) -> Specs:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-    types = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT32: "int32", onnx.TensorProto.INT64: "int64"}
+    types: dict[int, str] = {
+        int(onnx.TensorProto.FLOAT): "float32",
+        int(onnx.TensorProto.INT32): "int32",
+        int(onnx.TensorProto.INT64): "int64",
+    }
     return TensorSpec(types.get(tensor.elem_type, f"type {tensor.elem_type}"), dims)
 
 

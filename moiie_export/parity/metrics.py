@@ -47,7 +47,7 @@ def error_by_row(actual: Array, expected: Array) -> Array:
     scale = max(1.0, float(finite.max(initial=0.0)))
     with np.errstate(invalid="ignore"):
         difference = np.where(actual == expected, 0.0, np.abs(actual - expected))
-    rows: Array = difference.reshape(len(actual), -1).max(axis=1, initial=0.0) / scale
+    rows: Array = difference.max(axis=tuple(range(1, difference.ndim)), initial=0.0) / scale
     return rows
 
 

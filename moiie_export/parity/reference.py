@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -171,8 +170,8 @@ def _settle(own: Routing, guide: Array | None, tie_margin: float) -> tuple[Routi
         1
     )
     allowed &= (np.diff(np.sort(chosen, axis=1), axis=1) > 0).all(axis=1)
-    lowest = np.take_along_axis(probabilities, chosen, 1).min(axis=1)
-    tie = ~same_experts(ids, guide) & allowed & (falling[:, top_k - 1] - lowest < tie_margin)
+    given_up, taken = _exchanged(ids, chosen, probabilities)
+    tie = ~same_experts(ids, guide) & allowed & (given_up - taken < tie_margin)
     if not tie.any():
         return own, Decisions(ids, tie, margin)
     followed = np.where(tie[:, None], chosen, ids)
@@ -185,6 +184,17 @@ def _settle(own: Routing, guide: Array | None, tie_margin: float) -> tuple[Routi
     return routing, Decisions(ids, tie, margin)
 
 
+def _exchanged(own: Array, chosen: Array, probabilities: Array) -> tuple[Array, Array]:
+    """Of each token the highest probability among experts given up, and the lowest among those taken instead."""
+    picked = [np.zeros(probabilities.shape, bool) for _ in range(2)]
+    for mask, ids in zip(picked, (own.astype(np.int64), chosen), strict=True):
+        np.put_along_axis(mask, ids, True, axis=1)
+    ours, theirs = picked
+    given_up = np.where(ours & ~theirs, probabilities, 0).max(axis=1)
+    taken = np.where(theirs & ~ours, probabilities, 1).min(axis=1)
+    return given_up, taken
+
+
 def _routed(routing: Routing) -> Routed:
-    logits = None if routing.router_logits is None else cast(Array, routing.router_logits.numpy())
+    logits = None if routing.router_logits is None else routing.router_logits.numpy()
     return Routed(routing.expert_ids.numpy(), routing.expert_weights.numpy(), logits)

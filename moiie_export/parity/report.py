@@ -64,7 +64,9 @@ class Check:
         verb = "agree" if self.passed else _VERBS.get(self.stage, "differ")
         verb += "" if self.stage.endswith("s") or self.stage in _VERBS else "s"
         judged = f"{self.metric} {_short(self.value)}" + ("" if self.bound is None else f", bound {_short(self.bound)}")
-        return (f"{place}: " if place else "") + f"{self.name} {verb}: {judged}" + (f" ({self.note})" if self.note else "")
+        return (
+            (f"{place}: " if place else "") + f"{self.name} {verb}: {judged}" + (f" ({self.note})" if self.note else "")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; a value that is not a finite number becomes its name."""

@@ -65,7 +65,7 @@ def dense_config(vocab_size: int, bos: int, eos: int) -> dict[str, Any]:
         "pretraining_tp": 1,
         "rms_norm_eps": 1e-5,
         "rope_scaling": None,
-        "rope_theta": 10000.0,
+        "rope_theta": 500000.0,
         "tie_word_embeddings": False,
         "tokenizer_model_max_length": 512,
         "tokenizer_padding_side": "right",

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from moiie_export.prompts import LLAMA3
 from moiie_recipes.demo.architecture import PREPROCESSOR, TOWER
 from moiie_recipes.demo.differentiable import Layout
-from moiie_recipes.demo.questions import Question, ask_many
+from moiie_recipes.demo.questions import Kind, Question, ask_many
 from moiie_recipes.demo.scenes import Scene, draw, make_scene, patch_labels
 from moiie_recipes.demo.tokenizer import EOS
 from moiie_runtime.prompt import token_modality
@@ -74,10 +74,9 @@ def pack(tokenizer: Tokenizer, scenes: list[Scene], questions: list[list[Questio
     return Batch(normalise(pixels), torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(valid))
 
 
-def training_batch(tokenizer: Tokenizer, scenes: list[Scene], questions: int, salt: str) -> Batch:
-    """A batch whose questions depend only on the scenes and `salt`."""
-    asked = [ask_many(scene, questions, random.Random(f"{salt}/{scene.style}")) for scene in scenes]  # noqa: S311
-    return pack(tokenizer, scenes, asked)
+def ask_batch(scenes: list[Scene], questions: int, kinds: tuple[Kind, ...], salt: str) -> list[list[Question]]:
+    """Questions of these kinds about each scene, which depend only on the scenes and `salt`."""
+    return [ask_many(scene, questions, random.Random(f"{salt}/{scene.style}"), kinds) for scene in scenes]  # noqa: S311
 
 
 @cache

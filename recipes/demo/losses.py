@@ -11,7 +11,9 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def balance_loss(router_logits: list[torch.Tensor], tokens: torch.Tensor, experts: tuple[int, ...], top_k: int) -> torch.Tensor:
+def balance_loss(
+    router_logits: list[torch.Tensor], tokens: torch.Tensor, experts: tuple[int, ...], top_k: int
+) -> torch.Tensor:
     """Switch-style load balancing over one modality's experts; `top_k` when balanced, 0 without such tokens.
 
     Args:

@@ -11,11 +11,13 @@ from typing import Literal
 
 from moiie_recipes.demo.scenes import COLOURS, SHAPES, Scene, Thing
 
-Kind = Literal["colour", "shape", "position", "count", "comparison"]
+Kind = Literal["colour", "shape", "position", "count", "comparison", "caption"]
 
 KINDS: tuple[Kind, ...] = ("colour", "shape", "position", "count", "comparison")
 ONE_THING: tuple[Kind, ...] = ("colour", "shape", "position")
 """Kinds that ask about a single thing."""
+CAPTION: Kind = "caption"
+"""What training begins with besides questions: one of the things, its properties in any order. Never tested."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 
@@ -34,16 +36,24 @@ def ask(scene: Scene, kind: Kind, rng: random.Random) -> Question | None:
     Answers are spread evenly: by symmetry for colour, shape and position, by choosing the answer before the question
     for counts, and by pairs that could as well be swapped for comparisons.
     """
-    makers = {"colour": _colour, "shape": _shape, "position": _position, "count": _count, "comparison": _comparison}
+    makers = {
+        "caption": _caption,
+        "colour": _colour,
+        "shape": _shape,
+        "position": _position,
+        "count": _count,
+        "comparison": _comparison,
+    }
     found = makers[kind](scene, rng)
     return None if found is None else Question(kind, *found)
 
 
-def ask_many(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """`count` questions of random kinds; a scene without any question of some kind gets more of the others."""
+def ask_many(scene: Scene, count: int, rng: random.Random, kinds: tuple[Kind, ...] = KINDS) -> list[Question]:
+    """`count` questions of random kinds; a scene without any question of these kinds is asked for counts instead."""
+    able = [kind for kind in kinds if any(ask(scene, kind, rng) is not None for _ in range(4))] or ["count"]
     questions: list[Question] = []
     while len(questions) < count:
-        question = ask(scene, rng.choice(KINDS), rng)
+        question = ask(scene, rng.choice(able), rng)
         if question is not None:
             questions.append(question)
     return questions
@@ -69,6 +79,11 @@ def _names(scene: Scene) -> Iterator[tuple[Thing, str]]:
     for thing in scene.things:
         if pairs[thing.colour, thing.shape] == 1:
             yield thing, f"the {thing.colour} {thing.shape}"
+
+
+def _caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    thing = rng.choice(scene.things)
+    return "What things are there?", " ".join(rng.sample((thing.colour, thing.shape, thing.place), 3))
 
 
 def _colour(scene: Scene, rng: random.Random) -> tuple[str, str] | None:

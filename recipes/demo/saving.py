@@ -29,7 +29,9 @@ def new_model(raw: dict[str, Any], seed: int) -> VlmModel:
         elif "embed" in name and "patch" not in name:
             nn.init.normal_(parameter, std=0.3 if "position" in name else 0.1)
         else:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj", "out_proj.weight", "fc2.weight"))
+            residual = name.endswith(
+                ("o_proj.weight", "down_proj.weight", "down_proj", "out_proj.weight", "fc2.weight")
+            )
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 * (depth if residual else 1.0))
     init_projector(model)
     return model

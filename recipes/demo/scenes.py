@@ -61,12 +61,12 @@ class Scene:
 def make_scene(split: Split, seed: int, index: int, most: int = 5) -> Scene:
     """Scene number `index` of a split; the same numbers always give the same scene.
 
-    Two to five things, or one to `most` when that is less; shapes and colours repeat often enough that counting has something to count.
+    Two to `most` things, or one to two; shapes and colours repeat often enough that counting has something to count.
     """
     rng = random.Random(f"scene/{split}/{seed}/{index}")  # noqa: S311 (no secret)
     while True:
         things: list[Thing] = []
-        for cell in rng.sample(range(9), rng.randint(2 if most == 5 else 1, most)):
+        for cell in rng.sample(range(9), rng.randint(1 if most == 2 else 2, most)):
             repeat_shape, repeat_colour = rng.random() < 0.3, rng.random() < 0.3
             shape = rng.choice(things).shape if things and repeat_shape else rng.choice(SHAPES)
             colour = rng.choice(things).colour if things and repeat_colour else rng.choice(list(COLOURS))
@@ -101,14 +101,16 @@ def patch_labels(scene: Scene, patches: int) -> list[int]:
     for thing in scene.things:
         for _ in range(3):  # the same draws as draw(), so that places agree
             rng.randint(-14, 14)
-        _draw_thing(canvas, thing, rng, 1 + SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour))
+        _draw_thing(
+            canvas, thing, rng, 1 + SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour)
+        )
     side = PICTURE_SIZE // patches
     labels = []
     for y in range(0, side * patches, side):
         for x in range(0, side * patches, side):
-            found = canvas_picture.crop((x, y, x + side, y + side)).getcolors()
-            count, label = max(((n, value) for n, value in found if value), default=(0, 0))
-            labels.append(label if count * 8 >= side * side else 0)
+            counts = canvas_picture.crop((x, y, x + side, y + side)).histogram()
+            label = max(range(1, len(counts)), key=counts.__getitem__)
+            labels.append(label if counts[label] * 8 >= side * side else 0)
     return labels
 
 
@@ -123,7 +125,9 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, f
         half = radius * 0.88
         canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
     elif thing.shape == "triangle":
-        corners = [(x + 1.15 * radius * sin(a), y + 0.2 * radius - 1.15 * radius * cos(a)) for a in (0, 2 * pi / 3, 4 * pi / 3)]
+        corners = [
+            (x + 1.15 * radius * sin(a), y + 0.2 * radius - 1.15 * radius * cos(a)) for a in (0, 2 * pi / 3, 4 * pi / 3)
+        ]
         canvas.polygon(corners, fill=fill)
     else:
         arm = radius * 0.3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,17 +13,20 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moiie_export.model.vlm import VlmModel
+from moiie_export.model_config import Modality
 from moiie_recipes.demo.batches import (
     Batch,
+    ask_batch,
     labels_of,
     make_layout,
     normalise,
+    pack,
     small_picture,
-    training_batch,
     training_scene,
 )
-from moiie_recipes.demo.differentiable import Forward, Layout, forward, rms_norm
+from moiie_recipes.demo.differentiable import Forward, Layout, forward, rms_norm, topk_route
 from moiie_recipes.demo.losses import answer_loss, balance_loss
+from moiie_recipes.demo.questions import CAPTION, KINDS, ONE_THING, Kind
 from moiie_recipes.demo.scenes import COLOURS, SHAPES, Scene
 
 
@@ -37,9 +39,9 @@ class Settings:
     pictures_per_step: int = 16
     questions_per_picture: int = 8
     tower_steps: int = 300
-    dense_steps: int = 800
-    align_steps: int = 120
-    sparse_steps: int = 2000
+    dense_steps: int = 1000
+    align_steps: int = 200
+    sparse_steps: int = 2600
     learning_rate: float = 2e-3
     balance: float = 0.01
     """Coefficient of each load-balancing loss. The authors' 0.001 suits billions of tokens, not some millions."""
@@ -71,26 +73,37 @@ class Stage:
         """The layout of its rows."""
         return make_layout(self.tokenizer, self.settings.questions_per_picture)
 
-    def trained(self) -> Iterable[nn.Parameter]:
-        """What the stage changes: the tower, everything, or the projector alone."""
+    def trained(self) -> dict[float, list[nn.Parameter]]:
+        """What the stage changes, by the share of the learning rate it gets.
+
+        The tower is kept as it is until the decoder can use it, and moves slowly afterwards: at the decoder's rate, the
+        noise of its first gradients wipes out what the tower has learned.
+        """
         vision = self.model.vision_encoder
+        tower, projector = list(vision.tower.parameters()), list(vision.projector.parameters())
         if self.head is not None:
-            return [*vision.tower.parameters(), *self.head.parameters()]
-        return vision.projector.parameters() if self.name == "align" else self.model.parameters()
+            return {1.0: [*tower, *self.head.parameters()]}
+        if self.name == "align":
+            return {2.0: projector}
+        decoder = [*projector, *self.model.embed_tokens.parameters(), *self.model.decoder.parameters()]
+        return {1.0: decoder} if self.name == "dense" else {1.0: decoder, 0.1: tower}
 
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of step number `step`, and numbers for the log."""
-        scenes = [training_scene(self.settings.seed, i, self._most_things(step)) for i in self._indices(step)]
+        most, kinds = self._lesson(step)
+        scenes = [training_scene(self.settings.seed, i, most) for i in self._indices(step)]
         if self.head is not None:
             return self._tower_loss(self.head, scenes)
-        salt = f"{self.name}/{step}"
-        batch = training_batch(self.tokenizer, scenes, self.settings.questions_per_picture, salt)
+        asked = ask_batch(scenes, self.settings.questions_per_picture, kinds, salt=f"{self.name}/{step}")
+        batch = pack(self.tokenizer, scenes, asked)
         logits, found = answer_logits(self.model, self.layout, batch, torch.bfloat16)
         labels = batch.labels[batch.labels >= 0]
         loss = answer_loss(logits, labels)
         numbers = {"answer": loss.item()}
         if found.router_logits:
-            for name, value in self._balance(found, batch).items():
+            balances, shares = self._routing(found, batch)
+            numbers |= shares
+            for name, value in balances.items():
                 loss = loss + self.settings.balance * value
                 numbers[f"balance_{name}"] = value.item()
         return loss, numbers
@@ -100,9 +113,16 @@ class Stage:
         offset = STAGES.index(self.name) * 7919  # stages begin at different scenes
         return [(offset + step * size + i) % self.settings.scenes for i in range(size)]
 
-    def _most_things(self, step: int) -> int:
-        """The dense stage begins with few things: finding the one that is asked for is hard to learn among many."""
-        return min(5, 2 + 4 * step // self.steps) if self.name == "dense" else 5
+    def _lesson(self, step: int) -> tuple[int, tuple[Kind, ...]]:
+        """How many things at most, and which kinds of questions.
+
+        The dense stage begins with few things, captions and questions about one thing: to find the thing that has a
+        property is what everything else builds on, it is hard to learn among many, and in a caption it is one step.
+        """
+        done = step / self.steps
+        if self.name != "dense" or done >= 0.6:
+            return 5, KINDS
+        return (2 if done < 0.1 else 3), (CAPTION, CAPTION, CAPTION, *ONE_THING)
 
     def _tower_loss(self, head: nn.Linear, scenes: list[Scene]) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the shape and the colour in each patch, and of the patch's row and column."""
@@ -125,18 +145,27 @@ class Stage:
         grid = self.model.config.vision.grid
         return [1 + len(SHAPES), 1 + len(COLOURS), grid, grid]
 
-    def _balance(self, found: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+    def _routing(self, found: Forward, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Both load-balancing losses, and the share of each modality's tokens that go to each expert."""
         moe = self.model.config.moe
         assert moe is not None
+        losses: dict[str, torch.Tensor] = {}
+        shares: dict[str, float] = {}
+        for name, which in self._modalities(batch).items():
+            losses[name] = balance_loss(found.router_logits, which, moe.expert_groups[name], moe.top_k)
+            chosen = torch.cat([topk_route(layer[which], moe.top_k)[0] for layer in found.router_logits])
+            counts = chosen.flatten().bincount(minlength=moe.num_experts).float() / len(chosen)
+            shares |= {f"share_{name}_{expert}": counts[expert].item() for expert in moe.expert_groups[name]}
+        return losses, shares
+
+    def _modalities(self, batch: Batch) -> dict[Modality, torch.Tensor]:
+        """[N] bool of each modality's tokens, padding left out."""
         rows, prefix = len(batch.ids), torch.zeros(len(self.layout.prefix), dtype=torch.bool)
         modality = self.layout.token_modality.repeat(rows, 1)
         valid = torch.cat((torch.ones(rows, self.layout.image_tokens, dtype=torch.bool), batch.valid), dim=1)
         vision = torch.cat((prefix, (modality == 1).reshape(-1)))
         language = torch.cat((~prefix, ((modality != 1) & valid).reshape(-1)))
-        return {
-            name: balance_loss(found.router_logits, which, moe.expert_groups[name], moe.top_k)
-            for name, which in (("vision", vision), ("language", language))
-        }
+        return {"vision": vision, "language": language}
 
 
 class _Answers(nn.Module):
@@ -169,5 +198,7 @@ def answer_logits(
     if dtype == torch.float32:
         found: tuple[torch.Tensor, Forward] = answers(layout, batch)
         return found
-    cast = {name: p if ".gate" in name and "proj" not in name else p.to(dtype) for name, p in answers.named_parameters()}
+    cast = {
+        name: p if ".gate" in name and "proj" not in name else p.to(dtype) for name, p in answers.named_parameters()
+    }
     return torch.func.functional_call(answers, cast, (layout, batch))

@@ -42,5 +42,7 @@ def save_tokenizer(directory: Path) -> Tokenizer:
 
 def _corpus() -> list[str]:
     words = [*SHAPES, "crosses", *(f"{shape}s" for shape in SHAPES), *COLOURS, *ROWS, *COLUMNS, *NUMBERS]
-    questions = "\nWhat colour shape is the thing?\nWhere\nHow many things are there?\nIs left of the above?\nAre and same"
+    questions = (
+        "\nWhat colour shape is the thing?\nWhere\nHow many things are there?\nIs left of the above?\nAre and same"
+    )
     return [LLAMA3.system + "USER: ", f"{questions}?ASSISTANT: yes no", *(f" {word}" for word in words)]

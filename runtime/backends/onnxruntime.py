@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moiie_runtime.backends.session import Array, TensorSpec, check_array, check_feeds
+from moiie_runtime.backends.session import Array, Sizes, TensorSpec, check_array, check_feeds, named_sizes
 from moiie_runtime.cores import available_cores
 from moiie_runtime.errors import MissingDependency, MoiieError
 
@@ -79,6 +79,7 @@ class OnnxRuntimeSession:
         if transient:
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._bound: dict[str, Array] = {}
+        self._bound_sizes: Sizes | None = None
         self._bindings: dict[tuple[str, ...], Any] = {}
         _log.debug("loaded %s", self._where)
 
@@ -102,6 +103,7 @@ class OnnxRuntimeSession:
         if not array.flags.c_contiguous or (name in self.outputs and not array.flags.writeable):
             raise MoiieError(f"{self._where}: the buffer bound to `{name}` must be contiguous and writable")
         self._bound[name] = array
+        self._bound_sizes = None
         self._bindings.clear()
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -119,7 +121,10 @@ class OnnxRuntimeSession:
             MoiieError: wrong feeds (see `check_feeds`), an unknown output, or a failure inside ONNX Runtime.
         """
         session = self._open()
-        check_feeds(self._where, self.inputs, feeds, self._bound)
+        if self._bound_sizes is None:
+            bound = {name: array for name, array in self._bound.items() if name in self.inputs}
+            self._bound_sizes = named_sizes(self._where, self.inputs, bound, {})
+        sizes = check_feeds(self._where, self.inputs, feeds, self._bound, self._bound_sizes)
         unbound = (name for name in self.outputs if name not in self._bound)
         wanted = tuple(unbound if outputs is None else outputs)
         for name in wanted:
@@ -131,21 +136,25 @@ class OnnxRuntimeSession:
         binding = self._binding(free)
         # ONNX Runtime keeps only addresses: these arrays must live until the run is over.
         kept = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        results: dict[str, Any] = {name: self._allocated(name, sizes) for name in free}
         try:
             for name, array in kept.items():
                 _bind_input(binding, name, array)
-            for name in free:  # again at each run: an output allocated earlier would fix its shape
-                binding.bind_output(name)
+            for name in free:  # again at each run: what was bound or allocated earlier would fix the shape
+                _bind_output(binding, name, results[name])
             session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # see __init__
             raise MoiieError(f"{self._where}: ONNX Runtime failed: {_first_line(error)}") from error
-        results = dict(zip([*self._bound_outputs(), *free], binding.get_outputs(), strict=True))
-        return {name: results[name].numpy() if name in free else self._bound[name] for name in wanted}
+        if any(array is None for array in results.values()):
+            made = dict(zip([*self._bound_outputs(), *free], binding.get_outputs(), strict=True))
+            results = {name: made[name].numpy() if array is None else array for name, array in results.items()}
+        return {name: self._bound[name] if name in self._bound else results[name] for name in wanted}
 
     def unbind(self) -> None:
         """Forget all buffers that were bound, so that their memory can go."""
         self._bindings.clear()
         self._bound.clear()
+        self._bound_sizes = None
 
     def close(self) -> None:
         """Release the graph, its mapped weights and its bindings. Closing twice is allowed."""
@@ -177,10 +186,15 @@ class OnnxRuntimeSession:
                 if name in self.inputs:
                     _bind_input(binding, name, array)
             for name in self._bound_outputs():
-                array = self._bound[name]
-                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                _bind_output(binding, name, self._bound[name])
             self._bindings[free] = binding
         return binding
+
+    def _allocated(self, name: str, sizes: Sizes) -> Array | None:
+        """A buffer for an output; None when its shape is not known before the run."""
+        spec = self.outputs[name]
+        shape = [size if isinstance(size, int) else sizes.get(size, (-1, ""))[0] for size in spec.shape]
+        return None if -1 in shape else np.empty(shape, spec.dtype)
 
     def _specs(self, values: Sequence[Any]) -> dict[str, TensorSpec]:
         specs = {}
@@ -201,17 +215,26 @@ def _options(threads: int) -> Any:
     # Packing would copy every weight into memory of its own, once a session; unpacked ones stay mapped.
     options.add_session_config_entry("session.disable_prepacking", "1")
     # Each session has threads of its own. One pool for the process would be leaner, but once it exists ONNX Runtime
-    # refuses every session of the program that was not made for it. Threads that wait by spinning would take the
-    # cores from the session that works (measured with 4 sessions: 1.5 times as long in the median, 5 times at the
-    # 90th percentile).
+    # refuses every session of the program that was not made for it.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Threads that wait by spinning take the cores from the session that works (4 sessions: 1.5 times as long in the
+    # median, 5 times at the 90th percentile) and from other programs (busy machine: twice as long). So: not at all
+    # between runs, and between the operators of a run only for as long as the next one takes to come.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     return options
 
 
 def _bind_input(binding: Any, name: str, array: Array) -> None:
     binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: Array | None) -> None:
+    if array is None:
+        binding.bind_output(name)
+    else:
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -61,38 +61,65 @@ class Session(Protocol):
     ) -> None: ...
 
 
+Sizes = dict[str, tuple[int, str]]
+
+
 def check_feeds(
-    where: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], bound: Mapping[str, Array]
-) -> None:
+    where: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], bound: Mapping[str, Array], sizes: Sizes
+) -> Sizes:
     """Refuse feeds that do not fit the graph, before a backend sees them.
 
     Args:
         where: what is run, for the message.
         inputs: the graph's inputs.
         feeds: arrays given for this run.
-        bound: buffers bound earlier; they count as given and take part in the check of shared dimensions.
+        bound: buffers bound earlier, checked when they were; they count as given.
+        sizes: what the bound inputs say about named dimensions, from `named_sizes`.
+
+    Returns:
+        `sizes` with those of the feeds.
 
     Raises:
         MoiieError: an unknown, missing or doubly given input, a wrong element type or shape, or two inputs that
             disagree about a dimension of the same name.
     """
-    for name in feeds:
+    for name, array in feeds.items():
         if name not in inputs:
             raise MoiieError(f"{where}: no input is called `{name}`", f"its inputs are {', '.join(inputs)}")
         if name in bound:
             raise MoiieError(f"{where}: input `{name}` is bound to a buffer and was also fed", "give it once")
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, spec in inputs.items():
-        array = feeds.get(name, bound.get(name))
-        if array is None:
-            raise MoiieError(f"{where}: input `{name}` ({spec}) was not given")
-        check_array(where, name, spec, array)
-        for label, size in _named_sizes(spec, array):
-            known, owner = sizes.setdefault(label, (size, name))
-            if known != size:
-                raise MoiieError(
-                    f"{where}: inputs `{owner}` and `{name}` disagree about dimension `{label}`: {known} and {size}"
-                )
+        check_array(where, name, inputs[name], array)
+    for name in inputs:
+        if name not in feeds and name not in bound:
+            raise MoiieError(f"{where}: input `{name}` ({inputs[name]}) was not given")
+    return named_sizes(where, inputs, feeds, sizes)
+
+
+def named_sizes(
+    where: str, inputs: Mapping[str, TensorSpec], arrays: Mapping[str, Array], known: Mapping[str, tuple[int, str]]
+) -> Sizes:
+    """The size of each named dimension and the input it was seen in.
+
+    Args:
+        where: what is run, for the message.
+        inputs: the graph's inputs.
+        arrays: checked arrays for some of them.
+        known: sizes found before.
+
+    Raises:
+        MoiieError: two inputs disagree about a dimension of the same name.
+    """
+    sizes = dict(known)
+    for name, array in arrays.items():
+        for label, size in zip(inputs[name].shape, array.shape, strict=True):
+            if isinstance(label, str):
+                expected, owner = sizes.setdefault(label, (size, name))
+                if expected != size:
+                    raise MoiieError(
+                        f"{where}: inputs `{owner}` and `{name}` disagree about dimension `{label}`: "
+                        f"{expected} and {size}"
+                    )
+    return sizes
 
 
 def check_array(where: str, name: str, spec: TensorSpec, array: Array) -> None:
@@ -105,9 +132,3 @@ def check_array(where: str, name: str, spec: TensorSpec, array: Array) -> None:
     if array.dtype.name != spec.dtype or not fits:
         got = TensorSpec(array.dtype.name, array.shape)
         raise MoiieError(f"{where}: `{name}` must be {spec}, got {got}")
-
-
-def _named_sizes(spec: TensorSpec, array: Array) -> Iterator[tuple[str, int]]:
-    for label, size in zip(spec.shape, array.shape, strict=True):
-        if isinstance(label, str):
-            yield label, size

@@ -60,7 +60,9 @@ def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], Mapping[s
     held = {name: value for file in files for name, value in load_file(file).items()}
     for file in (*files, *directory.glob("*.index.json")):
         file.unlink()
-    save_file({name: np.ascontiguousarray(value) for name, value in change(held).items()}, directory / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in change(held).items()}, directory / "model.safetensors"
+    )
 
 
 @pytest.fixture

@@ -70,7 +70,10 @@ def test_weights_are_the_checkpoints_rows_fused_and_stacked() -> None:
     directory = GOLDEN / "moiie_phi3" / "checkpoint"
     theirs = held(directory)
     with ModelSource.open(directory) as source:
-        for name, tensor in (("embed_tokens.weight", "model.embed_tokens.weight"), ("decoder.lm_head.weight", "lm_head.weight")):
+        for name, tensor in (
+            ("embed_tokens.weight", "model.embed_tokens.weight"),
+            ("decoder.lm_head.weight", "lm_head.weight"),
+        ):
             np.testing.assert_array_equal(weight(source, name), theirs[tensor][:352], strict=True)
         down = np.stack([theirs[f"{layer}mlp.experts.{e}.down_proj.weight"] for e in range(4)])
         np.testing.assert_array_equal(weight(source, "decoder.layers.1.mlp.experts.down_proj"), down, strict=True)
@@ -306,7 +309,9 @@ def test_the_end_token_of_llama_is_forced(golden_copy: Copy) -> None:
     refused(case.checkpoint, "the tokenizer has no '<|end_of_text|>', which ends every answer".replace("|", r"\|"))
 
 
-@pytest.mark.parametrize(("generation", "eos"), [({"eos_token_id": [3, 5]}, (3, 5)), ({"eos_token_id": 4}, (4,)), ({}, (6,))])
+@pytest.mark.parametrize(
+    ("generation", "eos"), [({"eos_token_id": [3, 5]}, (3, 5)), ({"eos_token_id": 4}, (4,)), ({}, (6,))]
+)
 def test_the_end_tokens_of_phi3_are_those_of_generation_config(
     golden_copy: Copy, generation: dict[str, Any], eos: tuple[int, ...]
 ) -> None:
@@ -319,7 +324,11 @@ def test_the_end_tokens_of_phi3_are_those_of_generation_config(
 
 def test_hashes_name_every_file_that_counts() -> None:
     with ModelSource.open(GOLDEN / "moiie_phi3" / "checkpoint") as source:
-        names = {f"{where}/{file}" for where in ("checkpoint", "vision_tower") for file in ("config.json", "model.safetensors")}
+        names = {
+            f"{where}/{file}"
+            for where in ("checkpoint", "vision_tower")
+            for file in ("config.json", "model.safetensors")
+        }
         assert set(source.hashes) == names
     with ModelSource.open(GOLDEN / "moiie_llama3" / "checkpoint") as source:
         assert not any(name.startswith("vision_tower/") for name in source.hashes)

@@ -1,55 +1,19 @@
-"""Workspaces with trivial stages: what is run again, what is never touched, and what a kill at any moment leaves."""
+"""Workspaces with trivial stages: what is run again, what is never touched, what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moiie_export.stages import Progress, Stage, StagePlan, Workspace, file_record, fingerprint, write_json
+from moiie_export.disk import write_json
+from moiie_export.stages import Progress, Stage, StagePlan, Workspace, file_record
 from moiie_runtime.errors import MoiieError
-
-
-class Pipeline:
-    """Three stages; `version` changes the second one. Counts how often each has run."""
-
-    def __init__(self, output: Path, version: str = "1") -> None:
-        self.output, self.version = output, version
-        self.runs: Counter[str] = Counter()
-
-    def stages(self) -> list[Stage]:
-        return [
-            self._stage("weights", "1", ("onnx/weights",)),
-            self._stage("graph", self.version, ("onnx/graph",)),
-            self._stage("files", "1", ("a.json", "b.json")),
-        ]
-
-    def export(self, force: bool = False) -> Workspace:
-        workspace = Workspace.look(self.output)
-        stages = self.stages()
-        with workspace.locked():
-            records = workspace.execute(stages, _silent, force)
-            files = {name: entry for record in records.values() for name, entry in record.files.items()}
-            manifest = {"files": files, "stages": {name: vars(record) for name, record in records.items()}}
-            workspace.finish(manifest, list(files))
-        return workspace
-
-    def _stage(self, name: str, version: str, files: tuple[str, ...]) -> Stage:
-        def run(directory: Path, _: Progress) -> Mapping[str, Any]:
-            self.runs[name] += 1
-            for file in files:
-                temporary = directory / f"{file}.tmp"
-                temporary.write_text(f"{file} {version}\n", encoding="utf-8")
-                temporary.replace(directory / file)
-            return {"about": name}
-
-        return Stage(name, fingerprint(name, version), files, run)
+from tests.trivial_pipeline import Pipeline, assert_complete, finished, names_of, silent, tree
 
 
 def _become_link(path: Path) -> None:
@@ -66,7 +30,7 @@ def output(tmp_path: Path) -> Path:
 def test_a_first_run_writes_the_bundle_and_nothing_else(output: Path) -> None:
     pipeline = Pipeline(output)
     pipeline.export()
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
     assert pipeline.runs == {"weights": 1, "graph": 1, "files": 1}
     assert_complete(output)
 
@@ -80,12 +44,12 @@ def test_a_stage_that_fails_is_the_only_one_run_again(output: Path) -> None:
     stages = [stage if stage.name != "graph" else _with(stage, fail) for stage in first.stages()]
     workspace = Workspace.look(output)
     with workspace.locked(), pytest.raises(RuntimeError, match="stopped"):
-        workspace.execute(stages, _silent)
+        workspace.execute(stages, silent)
     assert not output.exists()
     again = Pipeline(output)
     again.export()
     assert again.runs == {"graph": 1, "files": 1}
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
 
 
 def test_a_changed_fingerprint_runs_only_its_stage(output: Path) -> None:
@@ -98,7 +62,7 @@ def test_a_changed_fingerprint_runs_only_its_stage(output: Path) -> None:
     ]
     changed.export()
     assert changed.runs == {"graph": 1}
-    assert _tree(output.parent) == _finished("2")
+    assert tree(output.parent) == finished("2")
 
 
 def test_force_runs_everything(output: Path) -> None:
@@ -120,7 +84,7 @@ def test_a_missing_cut_or_linked_file_runs_its_stage_again(output: Path, spoil: 
     assert (plan.action, plan.reason) == ("run", "onnx/graph is missing or has another size")
     again.export()
     assert again.runs == {"graph": 1}
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +110,7 @@ def test_a_damaged_state_starts_over(output: Path, state: str) -> None:
     pipeline = Pipeline(output)
     pipeline.export()
     assert pipeline.runs == {"weights": 1, "graph": 1, "files": 1}
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
 
 
 def test_a_record_that_names_other_files_does_not_count(output: Path) -> None:
@@ -159,19 +123,19 @@ def test_a_record_that_names_other_files_does_not_count(output: Path) -> None:
     again = Pipeline(output)
     again.export()
     assert again.runs == {"graph": 1}
-    assert _tree(output.parent) == {**_finished("1"), "secret": "s"}
+    assert tree(output.parent) == {**finished("1"), "secret": "s"}
 
 
 def test_what_is_cached_is_linked_and_the_old_bundle_stays_until_the_end(output: Path) -> None:
     Pipeline(output).export()
-    before, inode = _tree(output), (output / "onnx" / "weights").stat().st_ino
+    before, inode = tree(output), (output / "onnx" / "weights").stat().st_ino
     changed = Pipeline(output, "2")
     workspace = Workspace.look(output)
     with workspace.locked():
-        workspace.execute(changed.stages(), _silent)
+        workspace.execute(changed.stages(), silent)
         assert (workspace.partial / "onnx" / "weights").stat().st_ino == inode
         assert (workspace.partial / "onnx" / "graph").stat().st_ino != (output / "onnx" / "graph").stat().st_ino
-    assert _tree(output) == before
+    assert tree(output) == before
     assert_complete(output)
 
 
@@ -182,7 +146,7 @@ def test_without_hard_links_files_are_copied(output: Path, monkeypatch: pytest.M
     Pipeline(output).export()
     monkeypatch.setattr(os, "link", refuse)
     Pipeline(output, "2").export()
-    assert _tree(output.parent) == _finished("2")
+    assert tree(output.parent) == finished("2")
     assert_complete(output)
 
 
@@ -192,24 +156,24 @@ def test_an_abandoned_change_does_not_cost_the_finished_stages(output: Path) -> 
     abandoned = Pipeline(output, "2")
     workspace = Workspace.look(output)
     with workspace.locked():
-        workspace.execute(abandoned.stages(), _silent)
+        workspace.execute(abandoned.stages(), silent)
     back = Pipeline(output)
     back.export()
     assert back.runs == {}
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
 
 
 def test_finish_removes_what_no_stage_owns(output: Path) -> None:
     pipeline = Pipeline(output)
     workspace = Workspace.look(output)
     with workspace.locked():
-        records = workspace.execute(pipeline.stages(), _silent)
+        records = workspace.execute(pipeline.stages(), silent)
         (workspace.partial / "onnx" / "old.onnx").touch()
         (workspace.partial / "onnx" / "weights.tmp").touch()
         (workspace.partial / "empty" / "deep").mkdir(parents=True)
         (workspace.partial / "link").symlink_to(workspace.partial / "onnx", target_is_directory=True)
         workspace.finish({"files": {}}, [name for record in records.values() for name in record.files])
-    assert set(_tree(output)) == {"bundle.json", "a.json", "b.json", "onnx/weights", "onnx/graph"}
+    assert set(tree(output)) == {"bundle.json", "a.json", "b.json", "onnx/weights", "onnx/graph"}
 
 
 def test_looking_and_planning_write_nothing(tmp_path: Path) -> None:
@@ -248,18 +212,18 @@ def test_what_is_not_ours_is_refused_and_kept(
     output: Path, make: Callable[[Path], None], suffix: str, kind: str
 ) -> None:
     make(output.with_name(f"bundle{suffix}"))
-    before = _tree(output.parent)
+    before = tree(output.parent)
     with pytest.raises(MoiieError, match=f"bundle{suffix}: exists and is not {kind}") as caught:
         Pipeline(output).export()
     assert caught.value.hint is not None
-    assert _tree(output.parent) == before
+    assert tree(output.parent) == before
 
 
 def test_an_empty_folder_is_taken(output: Path) -> None:
     for suffix in ("", ".partial", ".replaced"):
         output.with_name(f"bundle{suffix}").mkdir()
     Pipeline(output).export()
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
 
 
 @pytest.mark.parametrize("suffix", [".partial", ".replaced", ".lock"])
@@ -293,19 +257,19 @@ def test_a_second_export_of_the_same_output_is_refused(output: Path) -> None:
     with first.locked():
         with pytest.raises(MoiieError, match="another export is writing here"):
             Pipeline(output).export()
-        first.execute(Pipeline(output).stages(), _silent)
+        first.execute(Pipeline(output).stages(), silent)
     Pipeline(output).export()
-    assert _tree(output.parent) == _finished("1")
+    assert tree(output.parent) == finished("1")
 
 
 def test_who_looked_before_another_export_finished_looks_again(output: Path) -> None:
     late, pipeline = Workspace.look(output), Pipeline(output)
     Pipeline(output).export()
     with late.locked():
-        records = late.execute(pipeline.stages(), _silent)
+        records = late.execute(pipeline.stages(), silent)
         late.finish({"files": {}, "stages": {}}, [name for record in records.values() for name in record.files])
     assert pipeline.runs == {}
-    assert set(_tree(output)) == set(_tree_of(_finished("1")))
+    assert set(tree(output)) == set(names_of("1"))
 
 
 def test_a_finished_bundle_is_known_by_its_manifest(output: Path) -> None:
@@ -327,170 +291,14 @@ def test_clear_removes_what_a_killed_export_left_beside_the_bundle(output: Path)
     output.with_name("other").rename(output.with_name("bundle.replaced"))
     begun = Workspace.look(output)
     with begun.locked():
-        begun.execute(Pipeline(output, "2").stages(), _silent)
+        begun.execute(Pipeline(output, "2").stages(), silent)
     workspace = Workspace.look(output)
     assert workspace.littered
     with workspace.locked():
         workspace.clear()
     assert not Workspace.look(output).littered
-    assert _tree(output.parent) == _finished("1")
-
-
-def test_a_manifest_with_a_name_that_is_no_text_can_be_written(output: Path) -> None:
-    write_json(output.with_name("x.json"), {"name": os.fsdecode(b"caf\xe9")})
-    assert json.loads(output.with_name("x.json").read_text(encoding="utf-8")) == {"name": "caf?"}
-
-
-# Kills. A kill is simulated by refusing the n-th step that changes the file system, and every step after it.
-
-STEPS = ("mkdir", "open", "replace", "rename", "link", "unlink", "rmdir", "fsync")
-
-
-class Killed(BaseException):
-    """The process is gone; `finally` blocks still run here, but cannot change anything."""
-
-
-class Killer:
-    """Counts the steps that change the file system, and kills the process before step `at`."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.at, self.steps = 0, 0
-        for name in STEPS:
-            patch.setattr(os, name, self._step(getattr(os, name), name))
-
-    def arm(self, at: int) -> None:
-        """Kill before step `at`; 0: never."""
-        self.at, self.steps = at, 0
-
-    def _step(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def step(*arguments: Any, **options: Any) -> Any:
-            if name == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
-                return real(*arguments, **options)
-            self.steps += 1
-            if self.at and self.steps >= self.at:
-                raise Killed
-            return None if name == "fsync" else real(*arguments, **options)
-
-        return step
-
-
-@pytest.fixture
-def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Killer]:
-    killer = Killer(monkeypatch)
-    yield killer
-    killer.arm(0)
-
-
-def _old_bundle(output: Path) -> None:
-    Pipeline(output, "old").export()
-
-
-def _old_bundle_and_begun_change(output: Path) -> None:
-    Pipeline(output, "old").export()
-    workspace = Workspace.look(output)
-    with workspace.locked():
-        workspace.execute(Pipeline(output, "3").stages(), _silent)
-
-
-STARTS: dict[str, Callable[[Path], object]] = {
-    "nothing": lambda _: None,
-    "old bundle": _old_bundle,
-    "old bundle and begun change": _old_bundle_and_begun_change,
-}
-
-
-@pytest.mark.parametrize("start", STARTS)
-def test_a_kill_before_any_step_loses_nothing(tmp_path: Path, killer: Killer, start: str) -> None:
-    for step in range(1, 1000):
-        output = tmp_path / str(step) / "bundle"
-        output.parent.mkdir()
-        STARTS[start](output)
-        first = Pipeline(output, "1")
-        finished = not _killed(first, killer, step)
-        _check_what_a_kill_left(output, start != "nothing")
-        second = Pipeline(output, "1")
-        second.export()
-        assert _tree(output.parent) == _finished("1"), step
-        assert_complete(output)
-        both = first.runs + second.runs
-        assert sum(both.values()) <= 4, f"killed before step {step}: {first.runs}, then {second.runs}"
-        if finished:
-            assert step > 20  # the loop went through a whole export
-            return
-    raise AssertionError("an export of three tiny files took 1000 steps")
-
-
-@pytest.mark.parametrize("start", STARTS)
-def test_kills_in_a_row_lose_nothing(tmp_path: Path, killer: Killer, start: str) -> None:
-    seeded = random.Random(start)
-    for number in range(40):
-        output = tmp_path / str(number) / "bundle"
-        output.parent.mkdir()
-        STARTS[start](output)
-        for _ in range(6):
-            _killed(Pipeline(output, "1"), killer, seeded.randint(1, 60))
-            _check_what_a_kill_left(output, start != "nothing")
-        Pipeline(output, "1").export()
-        assert _tree(output.parent) == _finished("1")
-
-
-def _killed(pipeline: Pipeline, killer: Killer, step: int) -> bool:
-    """Export until step `step`; whether the kill came before the end."""
-    killer.arm(step)
-    try:
-        pipeline.export()
-    except Killed:
-        return True
-    finally:
-        killer.arm(0)
-    return False
-
-
-def _check_what_a_kill_left(output: Path, replacing: bool) -> None:
-    if output.exists():
-        assert_complete(output)
-    elif replacing:  # between the two renames both bundles are there
-        assert_complete(output.with_name("bundle.partial"))
-        assert_complete(output.with_name("bundle.replaced"))
-
-
-def assert_complete(bundle: Path) -> None:
-    """The manifest lists every file with its right digest."""
-    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    assert set(_tree(bundle)) - {"stages.json"} == {*manifest["files"], "bundle.json"}
-    for name, entry in manifest["files"].items():
-        assert file_record(bundle / name) == entry
-
-
-def _silent(*_: object) -> None:
-    pass
+    assert tree(output.parent) == finished("1")
 
 
 def _with(stage: Stage, run: Callable[[Path, Progress], Mapping[str, Any]]) -> Stage:
     return Stage(stage.name, stage.fingerprint, stage.files, run)
-
-
-def _tree(directory: Path) -> dict[str, str]:
-    """Relative path -> text of every file below a directory; manifests, whose digests say the same, as empty text."""
-    if not directory.is_dir():
-        return {}
-    names = [path for path in sorted(directory.rglob("*")) if not path.is_dir()]
-    return {
-        path.relative_to(directory).as_posix(): "" if path.name == "bundle.json" else path.read_text(encoding="utf-8")
-        for path in names
-    }
-
-
-def _tree_of(tree: Mapping[str, str]) -> Sequence[str]:
-    return [name.removeprefix("bundle/") for name in tree]
-
-
-def _finished(version: str) -> dict[str, str]:
-    """What lies around after an export, and nothing else."""
-    return {
-        "bundle/a.json": "a.json 1\n",
-        "bundle/b.json": "b.json 1\n",
-        "bundle/bundle.json": "",
-        "bundle/onnx/graph": f"onnx/graph {version}\n",
-        "bundle/onnx/weights": "onnx/weights 1\n",
-    }

@@ -110,7 +110,9 @@ def test_logits_are_the_dense_model_s(sparse: Path) -> None:
         modality = torch.zeros(1, 24, dtype=torch.int32)
         modality[:, 4:15] = 1
         with torch.no_grad():
-            out = model.decoder(model.embed_tokens(ids), modality, torch.zeros(1, dtype=torch.int64), None, model.new_cache(1, 32))
+            out = model.decoder(
+                model.embed_tokens(ids), modality, torch.zeros(1, dtype=torch.int64), None, model.new_cache(1, 32)
+            )
         logits.append(out.logits)
     assert logits[0].abs().max() > 0.01
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
@@ -146,7 +148,11 @@ def dense_llama(directory: Path, dtype: str) -> Path:
     for shard, layers in enumerate(((0, 1), (2, 3)), start=1):
         specs = {}
         for layer in layers:
-            for leaf, shape in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
+            for leaf, shape in (
+                ("gate_proj", (inner, hidden)),
+                ("up_proj", (inner, hidden)),
+                ("down_proj", (hidden, inner)),
+            ):
                 specs[f"model.layers.{layer}.mlp.{leaf}.weight"] = (dtype, shape)
             specs[f"model.layers.{layer}.input_layernorm.weight"] = (dtype, (hidden,))
         file = f"model-0000{shard}-of-00002.safetensors"
@@ -218,7 +224,10 @@ def test_parts_of_models_are_refused(tmp_path: Path, file: str, message: str) ->
         upcycle(part, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("options", "message"), [(Upcycling(1), "at least 2"), (Upcycling(2), "may reach 1"), (Upcycling(4, 4), "may reach 3")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(Upcycling(1), "at least 2"), (Upcycling(2), "may reach 1"), (Upcycling(4, 4), "may reach 3")],
+)
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, options: Upcycling, message: str) -> None:
     with pytest.raises(MoiieError, match=message):
         upcycle(DENSE.checkpoint, tmp_path / "out", options)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.synthetic import write_checkpoint
 
 from moiie_export.config import parse_config
 from moiie_export.model.vlm import VlmModel
@@ -17,6 +16,7 @@ from moiie_export.model_config import ModelConfig
 from moiie_export.source import ModelSource
 from moiie_export.weight_map import CHECKPOINT, build_weight_map
 from moiie_export.weights import WeightMap
+from tests.synthetic import write_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = "google/siglip-so400m-patch14-384"
@@ -94,7 +94,9 @@ def test_published_models_have_the_published_number_of_tensors(model_type: str, 
 
 def test_shapes_of_the_published_checkpoint() -> None:
     """Some rows of spec 4.1, literally."""
-    shapes = {part.tensor: part.shape for weight in build(published("bunny-mm-phi3-moe-s")).weights for part in weight.parts}
+    shapes = {
+        part.tensor: part.shape for weight in build(published("bunny-mm-phi3-moe-s")).weights for part in weight.parts
+    }
     assert shapes["model.layers.1.mlp.gate.weight"] == shapes["model.layers.1.mlp.gate_vis.weight"] == (3, 3072)
     assert shapes["model.layers.31.mlp.experts.3.gate_up_proj.weight"] == (16384, 3072)
     assert shapes["model.layers.30.mlp.down_proj.weight"] == (3072, 8192)
@@ -103,7 +105,9 @@ def test_shapes_of_the_published_checkpoint() -> None:
     assert shapes[f"{TOWER}embeddings.patch_embedding.weight"] == (1152, 3, 14, 14)
     assert shapes[f"{TOWER}embeddings.position_embedding.weight"] == (729, 1152)
     assert shapes[f"{TOWER}encoder.layers.25.mlp.fc1.weight"] == (4304, 1152)
-    llama = {part.tensor: part.shape for weight in build(published("bunny-mm-llama3-moe-s")).weights for part in weight.parts}
+    llama = {
+        part.tensor: part.shape for weight in build(published("bunny-mm-llama3-moe-s")).weights for part in weight.parts
+    }
     assert llama["model.layers.7.self_attn.k_proj.weight"] == (1024, 4096)
     assert llama["model.layers.7.mlp.experts.0.up_proj.weight"] == (14336, 4096)
 
@@ -159,11 +163,17 @@ def test_projectors_of_one_layer(kind: str, tensors: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "variant"), VARIANTS)
-def test_checkpoints_written_from_the_specification_are_mapped_whole(tmp_path: Path, backbone: str, variant: str) -> None:
+def test_checkpoints_written_from_the_specification_are_mapped_whole(
+    tmp_path: Path, backbone: str, variant: str
+) -> None:
     """Opening fails on any missing, unknown or misshapen tensor; what is left over has a reason."""
-    directory = write_checkpoint(tmp_path / "model", backbone=backbone, variant=variant, layers=3, kv_heads=2, experts=8)
+    directory = write_checkpoint(
+        tmp_path / "model", backbone=backbone, variant=variant, layers=3, kv_heads=2, experts=8
+    )
     with ModelSource.open(directory) as source:
-        used = {part.tensor for weight in source.weight_map.weights for part in weight.parts if part.source == CHECKPOINT}
+        used = {
+            part.tensor for weight in source.weight_map.weights for part in weight.parts if part.source == CHECKPOINT
+        }
         assert used | set(source.weight_map.unreachable) >= set(source.checkpoint.tensors)
         assert used.isdisjoint(source.weight_map.unreachable)
         dead = {name for name in source.weight_map.unreachable if "experts" in name}
@@ -173,6 +183,8 @@ def test_checkpoints_written_from_the_specification_are_mapped_whole(tmp_path: P
 
 @pytest.mark.parametrize("layers", ["all", [0, 2]])
 def test_other_expert_layers(tmp_path: Path, layers: Any) -> None:
-    with ModelSource.open(write_checkpoint(tmp_path / "model", layers=3, moe_layers=layers, unfreeze=True, s2=True)) as source:
+    with ModelSource.open(
+        write_checkpoint(tmp_path / "model", layers=3, moe_layers=layers, unfreeze=True, s2=True)
+    ) as source:
         assert source.config.moe is not None
         assert list(source.config.moe.layers) == ([0, 1, 2] if layers == "all" else layers)

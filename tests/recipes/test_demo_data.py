@@ -14,7 +14,9 @@ from moiie_recipes.demo.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Scene, Thi
 from moiie_recipes.demo.tokenizer import build_tokenizer
 
 SCENES = [make_scene("train", 0, index) for index in range(400)]
-EXAMPLE = Scene((Thing(0, 0, "circle", "red"), Thing(1, 2, "square", "blue"), Thing(2, 1, "circle", "white")), "example")
+EXAMPLE = Scene(
+    (Thing(0, 0, "circle", "red"), Thing(1, 2, "square", "blue"), Thing(2, 1, "circle", "white")), "example"
+)
 
 
 def test_the_same_numbers_give_the_same_scene_picture_and_questions() -> None:
@@ -99,7 +101,9 @@ def test_patch_labels_name_what_is_drawn() -> None:
     cells = labels.reshape(3, 2, 3, 2).max(axis=(1, 3))
     expected = np.zeros((3, 3), int)
     for thing in EXAMPLE.things:
-        expected[thing.row, thing.column] = 1 + SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour)
+        expected[thing.row, thing.column] = (
+            1 + SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour)
+        )
     np.testing.assert_array_equal(cells, expected)
 
 

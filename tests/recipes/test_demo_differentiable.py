@@ -11,10 +11,10 @@ from moiie_export.ops.modality_router import modality_router
 from moiie_export.ops.topk_route import topk_route
 from moiie_export.upcycle_config import sparse_config, sparse_shape
 from moiie_recipes.demo import differentiable
-from moiie_recipes.demo.architecture import dense_config, model_config
-from moiie_recipes.demo.batches import SEGMENT, encode_question, make_layout, training_batch, training_scene
+from moiie_recipes.demo.architecture import dense_config
+from moiie_recipes.demo.batches import SEGMENT, ask_batch, encode_question, make_layout, pack, training_scene
 from moiie_recipes.demo.losses import balance_loss
-from moiie_recipes.demo.questions import ask_many
+from moiie_recipes.demo.questions import KINDS
 from moiie_recipes.demo.saving import new_model
 from moiie_recipes.demo.stages import answer_logits
 from moiie_recipes.demo.tokenizer import build_tokenizer
@@ -53,7 +53,7 @@ def test_attention_equals_the_op() -> None:
     query, key, value = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
     empty = torch.zeros(2, 2, 12, 8)
     positions = torch.arange(7).repeat(2, 1)
-    expected, _, _ = cached_attention(query, key, value, empty, empty, positions, 0)
+    expected, _, _ = cached_attention(query, key, value, empty, empty, positions, 2, 0)
     out = differentiable.attend(query, key, value, torch.ones(7, 7, dtype=torch.bool).tril())
     torch.testing.assert_close(out, expected)
 
@@ -63,7 +63,7 @@ def test_a_row_of_many_questions_gives_each_what_the_model_gives_it_alone() -> N
     model, tokenizer, count = sparse_model().eval(), build_tokenizer(), 4
     layout = make_layout(tokenizer, count)
     scenes = [training_scene(0, index, 5) for index in range(3)]
-    batch = training_batch(tokenizer, scenes, count, "test")
+    batch = pack(tokenizer, scenes, ask_batch(scenes, count, KINDS, "test"))
     with torch.no_grad():
         together, _ = answer_logits(model, layout, batch)
         features, _ = model.vision_encoder(batch.pixel_values)
@@ -115,10 +115,8 @@ def test_balance_loss_is_top_k_when_balanced_and_grows_when_not() -> None:
 def test_labels_are_the_answer_and_its_end() -> None:
     tokenizer = build_tokenizer()
     scene = training_scene(0, 1, 5)
-    batch = training_batch(tokenizer, [scene], 3, "salt")
-    import random
-
-    questions = ask_many(scene, 3, random.Random(f"salt/{scene.style}"))
+    [questions] = ask_batch([scene], 3, KINDS, "salt")
+    batch = pack(tokenizer, [scene], [questions])
     for index, question in enumerate(questions):
         prompt, answer = encode_question(tokenizer, question)
         cut = slice(index * SEGMENT, (index + 1) * SEGMENT)

@@ -245,3 +245,23 @@ def test_the_embedding_rows_of_pictures_stand_where_their_markers_were(vlm, gold
     table = decoder._table
     np.testing.assert_array_equal(embeds[:first], table[ids[:first]])
     np.testing.assert_array_equal(embeds[first + 729 : second + 728], table[ids[first + 1 : second]])
+
+
+def test_a_float16_table_is_widened_row_by_row(vlm, monkeypatch):
+    decoder, prompt = vlm._decoder, vlm.processor(TEXT)
+    exact = decoder.inputs_embeds(prompt)
+    monkeypatch.setattr(decoder, "_table", decoder._table.astype(np.float16))
+    found = decoder.inputs_embeds(prompt)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, exact.astype(np.float16))
+
+
+def test_broken_weights_are_an_error_and_not_an_answer(vlm, monkeypatch):
+    monkeypatch.setattr(vlm._decoder, "_table", np.full_like(vlm._decoder._table, np.nan))
+    with pytest.raises(mr.MoiieError, match="logits are not finite"):
+        vlm.generate(TEXT)
+
+
+def test_a_record_knows_its_values():
+    with pytest.raises(mr.MoiieError, match='prefill_logits must be None, "last" or "all", got True'):
+        mr.Record(prefill_logits=True)

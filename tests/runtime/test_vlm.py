@@ -74,33 +74,30 @@ def test_a_closed_model_says_so(golden_bundle):
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(copied):
     def small(manifest):
-        manifest["kv_cache"]["capacity"] = 100
+        manifest["kv_cache"]["capacity"] = 120
 
     bundle = mr.Bundle.open(copied(small))
     vlm = VLM(bundle, lambda name: pytest.fail(f"{name} was loaded"))
     length = vlm.processor(TEXT).length
-    assert 100 - length < 50
-    with pytest.raises(MoiieError, match=rf"has {length} tokens and max_new_tokens is 50, .* context of 100") as caught:
+    assert 0 < 120 - length < 50
+    with pytest.raises(MoiieError, match=rf"has {length} tokens and max_new_tokens is 50, .* context of 120") as caught:
         vlm.generate(TEXT, max_new_tokens=50)
-    assert f"at most {100 - length} new tokens" in caught.value.hint
-    with pytest.raises(MoiieError, match=r"has 7\d\d tokens \(729 of them for pictures\), but the context holds 100"):
+    assert f"at most {120 - length} new tokens" in caught.value.hint
+    with pytest.raises(MoiieError, match=r"has \d+ tokens \(729 of them for pictures\), but the context holds 120"):
         vlm.stream(PICTURE)
-    with pytest.raises(MoiieError, match="context holds 100"):
+    with pytest.raises(MoiieError, match="context holds 120"):
         vlm.generate_batch([TEXT, PICTURE])
 
 
-def test_the_default_length_gives_way_to_the_context(golden_bundle):
-    with mr.load(golden_bundle("moiie_phi3"), threads=1) as vlm:
-        free = vlm.bundle.kv_cache.capacity
-        prompt = vlm.processor(TEXT)
-        words = "word " * ((free - prompt.length) // len(vlm.processor.tokenizer.encode("word word ")) * 2)
-        long = [{"role": "user", "content": words[:-60]}]
-        room = free - vlm.processor(long).length
-        assert 0 < room < 256
-        found = vlm.generate_batch([TEXT, long])
-        assert len(found[1].token_ids) == room
-        assert len(found[0].token_ids) == 256
-        assert found[1].finish_reason == "length"
+def test_the_default_length_gives_way_to_the_context_row_by_row(copied):
+    def small(manifest):
+        manifest["kv_cache"]["capacity"] = 1000
+
+    vlm = VLM(mr.Bundle.open(copied(small)), lambda name: pytest.fail(f"{name} was loaded"))
+    prompts = [vlm.processor(messages) for messages in (TEXT, PICTURE)]
+    answers = vlm._answers(prompts, {}, mr.Record())
+    assert [answer._config.max_new_tokens for answer in answers] == [256, 1000 - prompts[1].length]
+    assert 0 < 1000 - prompts[1].length < 256
 
 
 def test_truncated_and_missing_files_are_refused_at_load(copied):

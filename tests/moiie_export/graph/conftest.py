@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tests.synthetic import write_checkpoint
 
 from moiie_export.graph_stage import write_graph
 from moiie_export.source import ModelSource
 from moiie_export.weights_stage import WEIGHTS_FILE, write_weights
 from moiie_runtime.tensors import TensorFile
+from tests.synthetic import write_checkpoint
 
 SHAPES = {
     "dense_phi3": "no experts",
@@ -132,14 +132,16 @@ class Tiny:
     source: ModelSource
     directory: Path
 
-    def graph(self, name: str, dtype: str = "float32", to: str = "bundle") -> Graph:
-        """Write the weights (once a directory) and one graph."""
+    def graph(self, name: str, dtype: str = "float32", to: str = "float32") -> Graph:
+        """One graph and the weights beside it, written once a directory."""
         target = self.directory / to
         (target / "onnx").mkdir(parents=True, exist_ok=True)
         if not (target / WEIGHTS_FILE).is_file():
             write_weights(self.source, dtype, target / WEIGHTS_FILE, lambda *_: None)
-        write_graph(name, self.source, CAPACITY, target)
-        return Graph(target / "onnx" / f"{name}.onnx")
+        graph = Graph(target / "onnx" / f"{name}.onnx")
+        if not graph.path.is_file():
+            write_graph(name, self.source, CAPACITY, target)
+        return graph
 
 
 @pytest.fixture(scope="session")
@@ -147,5 +149,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     """Eight experts of which one is dead, three per token, in both layers; grouped keys; a short window."""
     directory = tmp_path_factory.mktemp("tiny")
     settings: dict[str, Any] = {"experts": 8, "top_k": 3, "moe_layers": "all", "kv_heads": 2, "sliding_window": 6}
+    settings["dtype"] = "F32"  # bfloat16 values would survive float16 unchanged
     with ModelSource.open(write_checkpoint(directory / "model", **settings)) as source:
         yield Tiny(source, directory)

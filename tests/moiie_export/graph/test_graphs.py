@@ -105,7 +105,11 @@ def test_custom_nodes_are_as_many_as_layers(bundle: Any, name: str) -> None:
     wanted = {"CachedAttention": model["num_hidden_layers"], "ExpertDispatch": sparse}
     wanted |= {"TopKRoute": routed, "ModalityRouter": routed}
     assert counts == Counter({op: count for op, count in wanted.items() if count})
-    listed = {op.removeprefix("moiie::"): n for op, n in bundle.manifest["components"][name]["op_counts"].items() if "::" in op}
+    listed = {
+        op.removeprefix("moiie::"): n
+        for op, n in bundle.manifest["components"][name]["op_counts"].items()
+        if "::" in op
+    }
     assert listed == dict(counts)
     assert not [node for node in bundle.graphs["vision_encoder"].model.graph.node if node.domain]
 
@@ -115,7 +119,9 @@ def test_attributes_of_custom_nodes_are_the_models_numbers(bundle: Any, name: st
     model, moe = bundle.manifest["model"], bundle.manifest["model"]["moe"]
     window = 0 if model["sliding_window"] is None else model["sliding_window"] + 1
     reachable: list[int] = []
-    expected: dict[str, Any] = {"CachedAttention": {"num_key_value_heads": model["num_key_value_heads"], "local_window_size": window}}
+    expected: dict[str, Any] = {
+        "CachedAttention": {"num_key_value_heads": model["num_key_value_heads"], "local_window_size": window}
+    }
     if moe:
         groups = moe["expert_groups"]
         reachable = groups["language"] if name == "decoder_decode" else sorted({*groups["language"], *groups["vision"]})
@@ -184,7 +190,9 @@ def weight_view(bundle: Any, parameter: str) -> np.ndarray:
 def test_experts_of_the_graphs_are_the_experts_of_the_checkpoint(bundle: Any) -> None:
     """Not only some slice of the stack: expert e of the router's table is expert e of the authors' list."""
     case = Path(__file__).parents[2] / "golden" / bundle.path.name
-    theirs = {name: value for file in (case / "checkpoint").glob("*.safetensors") for name, value in load_file(file).items()}
+    theirs = {
+        name: value for file in (case / "checkpoint").glob("*.safetensors") for name, value in load_file(file).items()
+    }
     blob = (bundle.path / "onnx" / WEIGHTS).read_bytes()
     places = bundle.graphs["decoder_prefill"].external
     modules = MODULES.get(bundle.manifest["model"]["model_type"], [f"experts.{e}" for e in range(4)])
@@ -222,7 +230,13 @@ def readers(graph: Any, node: onnx.NodeProto, index: int) -> set[tuple[str, int]
         assert not node.domain
         return {(node.op_type, index)}
     name = body.input[index]
-    return {use for inner in body.node for i, value in enumerate(inner.input) if value == name for use in readers(graph, inner, i)}
+    return {
+        use
+        for inner in body.node
+        for i, value in enumerate(inner.input)
+        if value == name
+        for use in readers(graph, inner, i)
+    }
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -235,7 +249,18 @@ def test_no_large_tensor_lies_in_the_graph(bundle: Any, name: str) -> None:
 def test_nothing_of_the_tracing_machine_is_in_the_file(bundle: Any, name: str) -> None:
     content = bundle.graphs[name].path.read_bytes()
     root = str(Path(__file__).parents[3]).encode()
-    for trace in (root, b"site-packages", b".py", b"/home/", b"/usr/", b"/tmp/", b"Traceback", b"aten.", b"pkg.", b"pytorch"):
+    for trace in (
+        root,
+        b"site-packages",
+        b".py",
+        b"/home/",
+        b"/usr/",
+        b"/tmp/",
+        b"Traceback",
+        b"aten.",
+        b"pkg.",
+        b"pytorch",
+    ):
         assert trace not in content, trace
     model = bundle.graphs[name].model
     assert not model.metadata_props
@@ -247,7 +272,9 @@ def test_the_decode_graph_holds_nothing_of_vision(bundle: Any) -> None:
     """Decode tokens are language: no vision expert, no vision gate, no modality (spec 9.1)."""
     graph, moe = bundle.graphs["decoder_decode"], bundle.manifest["model"]["moe"]
     assert "token_modality" not in {value.name for value in graph.model.graph.input}
-    assert not [name for name in graph.external if "gate_vis" in name or name.startswith(("vision_encoder", "embed_tokens"))]
+    assert not [
+        name for name in graph.external if "gate_vis" in name or name.startswith(("vision_encoder", "embed_tokens"))
+    ]
     prefill = set(bundle.graphs["decoder_prefill"].external)
     if moe is None:
         assert set(graph.external) == prefill
@@ -263,7 +290,11 @@ def test_the_decode_graph_holds_nothing_of_vision(bundle: Any) -> None:
 
 def test_every_parameter_is_in_some_graph_or_on_the_host(bundle: Any) -> None:
     used = {parameter for graph in bundle.graphs.values() for parameter in graph.external} | {"embed_tokens.weight"}
-    stacks = {parameter.rsplit(".", 2)[0] + "." + parameter.rsplit(".", 1)[1] for parameter in used if ".experts." in parameter}
+    stacks = {
+        parameter.rsplit(".", 2)[0] + "." + parameter.rsplit(".", 1)[1]
+        for parameter in used
+        if ".experts." in parameter
+    }
     assert {name for name in used if ".experts." not in name} | stacks == set(bundle.weights)
     assert "embed_tokens.weight" not in {name for graph in bundle.graphs.values() for name in graph.external}
 

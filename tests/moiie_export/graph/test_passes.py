@@ -42,7 +42,9 @@ def node(op: str, inputs: list[ir.Value], output: str, domain: str = "", **attri
     return made
 
 
-def model(inputs: list[ir.Value], outputs: list[ir.Value], nodes: list[ir.Node], weights: list[ir.Value] | None = None) -> ir.Model:
+def model(
+    inputs: list[ir.Value], outputs: list[ir.Value], nodes: list[ir.Node], weights: list[ir.Value] | None = None
+) -> ir.Model:
     opsets = {"": OPSET, "moiie": 1}
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=weights or [], opset_imports=opsets, name="main_graph")
     return ir.Model(graph, ir_version=10)
@@ -118,7 +120,12 @@ WEIGHTS = (
 
 def weighted() -> ir.Model:
     """x * norm, through the second expert and the head, as the exporter leaves it: initialisers without data."""
-    x, norm, expert, head = value("x", 4, 3), value("norm.weight", 3), value("experts.3.down", 2, 3), value("head.weight", 2, 3)
+    x, norm, expert, head = (
+        value("x", 4, 3),
+        value("norm.weight", 3),
+        value("experts.3.down", 2, 3),
+        value("head.weight", 2, 3),
+    )
     scaled = node("Mul", [x, norm], "scaled")
     routed = node("Gemm", [scaled.outputs[0], expert], "routed", transB=1)
     logits = node("Gemm", [scaled.outputs[0], head], "logits", transB=1)
@@ -157,12 +164,17 @@ def test_float16_storage_is_cast_where_it_is_used_and_computes_the_same(stored: 
     x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
     found = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     scaled = x * np.arange(3, dtype=np.float32)
-    expected = scaled @ np.arange(6, 12, dtype=np.float32).reshape(2, 3).T + scaled @ np.arange(6, dtype=np.float32).reshape(2, 3).T
+    expected = (
+        scaled @ np.arange(6, 12, dtype=np.float32).reshape(2, 3).T
+        + scaled @ np.arange(6, dtype=np.float32).reshape(2, 3).T
+    )
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def constant(name: str, array: np.ndarray) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(FLOAT), const_value=ir.tensor(array, name=name))
+    return ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(FLOAT), const_value=ir.tensor(array, name=name)
+    )
 
 
 def refusal(initialiser: ir.Value) -> MoiieError:

@@ -57,7 +57,9 @@ class Reference:
     def pixel_values(self) -> np.ndarray:
         """[n, 3, S, S]."""
         config = self.model.config
-        return np.stack([pixels(path, config.vision.input_size, config.image_aspect_ratio) for path in self.case.images])
+        return np.stack(
+            [pixels(path, config.vision.input_size, config.image_aspect_ratio) for path in self.case.images]
+        )
 
     @cached_property
     def vision(self) -> tuple[torch.Tensor, torch.Tensor]:

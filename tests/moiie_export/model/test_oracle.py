@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 from safetensors.torch import save_file
-from tests.synthetic_tokenizer import special_ids, write_tokenizer
 
 from moiie_export.config import parse_config
 from moiie_export.model.load import load_model
 from moiie_export.model.siglip import SiglipTower
 from moiie_export.model.vlm import VlmModel
 from moiie_export.source import ModelSource
+from tests.synthetic_tokenizer import special_ids, write_tokenizer
 
 HIDDEN, INNER, VOCAB, LENGTH, WINDOW = 32, 48, 320, 21, 6
 TOWER = {
@@ -105,7 +105,9 @@ def write(directory: Path, kind: str, language: Any, tower: Any) -> Path:
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, siglip: Any) -> Iterator[tuple[Any, VlmModel]]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, siglip: Any
+) -> Iterator[tuple[Any, VlmModel]]:
     """Theirs and ours with the same weights."""
     theirs = language_model(request.param)
     with ModelSource.open(write(tmp_path_factory.mktemp("oracle") / "model", request.param, theirs, siglip)) as source:
@@ -218,7 +220,9 @@ def test_scales_equal_an_independent_implementation(siglip: Any) -> None:
             for j in range(n):
                 tile = torch.from_numpy(scaled[..., 45 * i : 45 * (i + 1), 45 * j : 45 * (j + 1)].copy())
                 encoded = siglip(tile, output_hidden_states=True).hidden_states[-2].numpy()
-                board[..., 3 * i : 3 * (i + 1), 3 * j : 3 * (j + 1)] = encoded.reshape(2, 3, 3, 16).transpose(0, 3, 1, 2)
+                board[..., 3 * i : 3 * (i + 1), 3 * j : 3 * (j + 1)] = encoded.reshape(2, 3, 3, 16).transpose(
+                    0, 3, 1, 2
+                )
         features.append(board.reshape(2, 16, 3, n, 3, n).mean(axis=(3, 5)).reshape(2, 16, 9).transpose(0, 2, 1))
     expected = np.concatenate(features, axis=2)
     np.testing.assert_allclose(ours(torch.from_numpy(pixels)), expected, atol=2e-5, rtol=1e-5)

@@ -18,7 +18,11 @@ from moiie_export.graph.translation import register_schemas
 from moiie_export.ops import DOMAIN, OPS
 from moiie_export.ops.op import VERSION
 
-TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32, np.dtype(np.int64): TensorProto.INT64}
+TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+}
 ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int32)": TensorProto.INT32, "tensor(int64)": TensorProto.INT64}
 IR_VERSION = 10
 """The first with functions that have overloads."""

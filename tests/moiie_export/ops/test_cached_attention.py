@@ -143,7 +143,11 @@ def test_right_padding_is_never_seen_and_the_next_step_overwrites_it(run_body: R
     inputs, real = make(sizes), 2
     alone = Sizes(tokens=real)
     cut = {name: value[1:, :, :real] for name, value in inputs.items() if name in ("query", "key", "value")}
-    rest = {"past_key": inputs["past_key"][1:], "past_value": inputs["past_value"][1:], "positions": np.arange(real)[None]}
+    rest = {
+        "past_key": inputs["past_key"][1:],
+        "past_value": inputs["past_value"][1:],
+        "positions": np.arange(real)[None],
+    }
     expected = in_torch({**cut, **rest}, alone)
     first = run_body("CachedAttention", sizes.attributes, inputs)
     np.testing.assert_allclose(first[0][1:, :, :real], expected[0], atol=1e-5)

@@ -116,7 +116,10 @@ def test_an_expert_that_is_not_chosen_cannot_spoil_a_token(run_body: Run, poison
     case["down"].append(np.full((HIDDEN, INNER), poison, np.float32))
     check(run_body, case, [0, 1, 2, 3])
     case["expert_ids"][5, 0] = 3
-    for found in (in_torch(case, [0, 1, 2, 3]), run_body("ExpertDispatch", {"experts": [0, 1, 2, 3]}, node_inputs(case))[0]):
+    for found in (
+        in_torch(case, [0, 1, 2, 3]),
+        run_body("ExpertDispatch", {"experts": [0, 1, 2, 3]}, node_inputs(case))[0],
+    ):
         assert not np.isfinite(found[5]).all()
         assert np.isfinite(np.delete(found, 5, axis=0)).all()
 

@@ -49,7 +49,10 @@ def test_the_schema_is_generated_from_the_record(op: Op) -> None:
     kinds = [option.Variadic if p.variadic else option.Optional if p.optional else option.Single for p in op.inputs]
     assert kinds == [formal.option for formal in schema.inputs]
     assert [(port.name, port.type) for port in op.outputs] == [(out.name, out.type_str) for out in schema.outputs]
-    found = {name: (str(attribute.type).rsplit(".", 1)[-1], attribute.required) for name, attribute in schema.attributes.items()}
+    found = {
+        name: (str(attribute.type).rsplit(".", 1)[-1], attribute.required)
+        for name, attribute in schema.attributes.items()
+    }
     assert found == {name: (kind.upper(), True) for name, kind in op.attributes.items()}
 
 
@@ -64,7 +67,9 @@ def test_the_torch_op_takes_the_records_arguments_in_order(op: Op) -> None:
     assert overload in translation_table()
 
 
-@pytest.mark.parametrize(("name", "attributes", "inputs"), [(name, *each) for name, all_ in EXAMPLES.items() for each in all_])
+@pytest.mark.parametrize(
+    ("name", "attributes", "inputs"), [(name, *each) for name, all_ in EXAMPLES.items() for each in all_]
+)
 def test_a_body_is_a_function_of_standard_ops(name: str, attributes: dict[str, object], inputs: int) -> None:
     op = OPS[name]
     function = onnx.parser.parse_function(op.body(attributes, inputs))
@@ -96,7 +101,12 @@ def test_the_checker_misses_an_attribute() -> None:
 def test_text_of_a_function() -> None:
     lines = vector("axes", [2, -1]) + scalar("one", 1) + "\n    y = Identity (x)"
     function = onnx.parser.parse_function(function_text("Thing", (["x"], ["y"]), {"a": 1, "b": [2]}, lines))
-    assert (function.name, list(function.input), list(function.output), list(function.attribute)) == ("Thing", ["x"], ["y"], ["a", "b"])
+    assert (function.name, list(function.input), list(function.output), list(function.attribute)) == (
+        "Thing",
+        ["x"],
+        ["y"],
+        ["a", "b"],
+    )
     axes, one = (helper.get_attribute_value(node.attribute[0]) for node in function.node[:2])
     assert (list(axes.dims), list(onnx.numpy_helper.to_array(axes))) == ([2], [2, -1])
     assert (list(one.dims), onnx.numpy_helper.to_array(one).item()) == ([], 1)

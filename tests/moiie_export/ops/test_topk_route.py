@@ -32,7 +32,9 @@ def random_logits(tokens: int, experts: int, hidden: int = 0, seed: int = 0) -> 
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 300])
-@pytest.mark.parametrize(("experts", "top_k", "hidden"), [(2, 1, 0), (3, 2, 1), (4, 2, 1), (8, 3, 2), (8, 3, 5), (5, 5, 0)])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "hidden"), [(2, 1, 0), (3, 2, 1), (4, 2, 1), (8, 3, 2), (8, 3, 5), (5, 5, 0)]
+)
 def test_body_equals_torch(run_body: Run, tokens: int, experts: int, top_k: int, hidden: int) -> None:
     logits = random_logits(tokens, experts, hidden)
     ids, weights = route(logits, top_k)
@@ -47,7 +49,9 @@ def test_by_hand() -> None:
     assert ids.tolist() == [[1, 3]]
     assert ids.dtype == np.int32
     np.testing.assert_allclose(weights, [[0.6, 0.4]], rtol=1e-6)
-    np.testing.assert_allclose(route(np.array([[1.0, 2.0, 4.0]], np.float32), 2)[1][0, 0], 1 / (1 + np.exp(-2.0)), rtol=1e-6)
+    np.testing.assert_allclose(
+        route(np.array([[1.0, 2.0, 4.0]], np.float32), 2)[1][0, 0], 1 / (1 + np.exp(-2.0)), rtol=1e-6
+    )
 
 
 @settings(deadline=None)

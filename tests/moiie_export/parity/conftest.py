@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from moiie_export.parity import Report, check_parity
 from moiie_export.pipeline import ExportRequest, export_bundle
@@ -54,18 +55,14 @@ class Model:
     def with_graph(self, component: str, change: Callable[[onnx.ModelProto], None]) -> Path:
         """A bundle whose graph was changed and whose manifest was made to fit."""
         bundle = self.copy_bundle()
-        path = bundle / "onnx" / f"{component}.onnx"
-        model = onnx.load(str(path), load_external_data=False)
-        change(model)
-        onnx.save(model, str(path))
-        sign(bundle, f"onnx/{component}.onnx")
+        change_graph(bundle, component, change)
         return bundle
 
-    def copy_checkpoint(self) -> Path:
-        """A copy of the checkpoint and its tower."""
+    def copy_checkpoint(self, to: str = "changed") -> Path:
+        """A copy of the checkpoint with its tower beside it, in a folder of its own."""
         source = self.base.checkpoint
-        shutil.copytree(source.parent / "vision_tower", self.folder / "vision_tower")
-        return Path(shutil.copytree(source, self.folder / source.name))
+        shutil.copytree(source.parent / "vision_tower", self.folder / to / "vision_tower")
+        return Path(shutil.copytree(source, self.folder / to / source.name))
 
     def copy_bundle(self) -> Path:
         """A copy of the bundle."""
@@ -74,6 +71,15 @@ class Model:
     def parity(self, bundle: Path | None = None) -> Report:
         """The report of a bundle, by default its own, against the unchanged checkpoint."""
         return check_parity(bundle or self.base.bundle, self.base.checkpoint)
+
+
+def change_graph(bundle: Path, component: str, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change a graph of a bundle in place, and its manifest to fit."""
+    path = bundle / "onnx" / f"{component}.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    change(model)
+    onnx.save(model, str(path))
+    sign(bundle, f"onnx/{component}.onnx")
 
 
 def sign(bundle: Path, name: str) -> None:
@@ -94,3 +100,11 @@ def model(tmp_path: Path) -> Model:
     """The synthetic model, with room for changed copies."""
     return Model(exported(SETTINGS, max_context=CONTEXT), tmp_path)
 
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small to share; with more threads a busy machine spends its time at their barriers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +14,12 @@ import numpy as np
 import onnx
 import pytest
 
-from moiie_export.parity import Report
+import moiie_runtime.decoder as runtime
+import moiie_runtime.processor
+from moiie_export.parity import ParityCase, Report, check_parity
 from moiie_runtime.tensors import read_header
-from tests.moiie_export.parity.conftest import WINDOW, Model, Tensors, edit_manifest, sign
+from tests.conftest import GoldenCase
+from tests.moiie_export.parity.conftest import WINDOW, Model, Tensors, change_graph, edit_manifest, sign
 
 WEIGHTS = "onnx/weights.safetensors"
 VALUES = ("finite", "routing", "router logits", "expert weights", "hidden states", "KV cache")
@@ -112,36 +117,45 @@ def test_plain_vision_mask(model: Model) -> None:
 
 
 def test_processor_that_disobeys_its_own_manifest(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moiie_runtime.processor as runtime
-
-    monkeypatch.setattr(runtime, "token_modality", lambda types, **_: types.astype(np.int32))
+    monkeypatch.setattr(moiie_runtime.processor, "token_modality", lambda types, **_: types.astype(np.int32))
     expect(model.parity(), "modality", 1)
+
+
+def shorten(graph: onnx.ModelProto, window: int) -> None:
+    """Let the body of CachedAttention see one key fewer; the nodes' attributes still say `window`."""
+    body = [node for function in graph.functions if function.name == "CachedAttention" for node in function.node]
+    constants = [attribute for node in body if node.output[0] == "window" for attribute in node.attribute]
+    assert constants
+    for constant in constants:
+        value = onnx.numpy_helper.to_array(constant.t) if constant.HasField("t") else np.int64(constant.i)
+        assert int(value) == window
+        if constant.HasField("t"):
+            constant.t.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value - 1), constant.t.name))
+        else:
+            constant.i = window - 1
 
 
 @pytest.mark.parametrize("component", ["decoder_prefill", "decoder_decode"])
 def test_a_shorter_window_in_a_function_body(model: Model, component: str) -> None:
-    """Node attributes still say the right window; only values can tell."""
-
-    def narrow(graph: onnx.ModelProto) -> None:
-        windows = [
-            attribute
-            for function in graph.functions
-            if function.name == "CachedAttention"
-            for node in function.node
-            if node.output[0] == "window"
-            for attribute in node.attribute
-        ]
-        assert windows
-        for attribute in windows:
-            number = onnx.numpy_helper.to_array(attribute.t) if attribute.HasField("t") else attribute.i
-            assert int(number) == WINDOW + 1
-            if attribute.HasField("t"):
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(np.asarray(number - 1), attribute.t.name))
-            else:
-                attribute.i = WINDOW
-
-    report = model.parity(model.with_graph(component, narrow))
+    """Only values can tell."""
+    report = model.parity(model.with_graph(component, lambda graph: shorten(graph, WINDOW + 1)))
     expect(report, "hidden states", 0, component.removeprefix("decoder_"))
+
+
+@pytest.mark.parametrize("component", ["decoder_prefill", "decoder_decode"])
+def test_a_window_longer_than_every_prompt(
+    golden_bundle: Callable[[str], Path], tmp_path: Path, component: str
+) -> None:
+    """No case reaches it; the made-up full cache does, and one key in 2048 shows."""
+    golden = GoldenCase("moiie_phi3_text_only")
+    bundle = Path(shutil.copytree(golden_bundle(golden.name), tmp_path / "bundle"))
+    change_graph(bundle, component, lambda graph: shorten(graph, 2048))
+    report = check_parity(bundle, golden.checkpoint, cases=[ParityCase("Why?")])
+    expect(report, "hidden states", 0, component.removeprefix("decoder_"))
+    assert report.first_failure is not None
+    assert report.first_failure.case == "full cache"
+    assert report.first_failure.value is not None
+    assert report.first_failure.value > 10 * 2e-4
 
 
 def test_attribute_of_a_node(model: Model) -> None:
@@ -155,7 +169,7 @@ def test_attribute_of_a_node(model: Model) -> None:
 def test_offsets_of_two_weights_swapped(model: Model) -> None:
     def change(graph: onnx.ModelProto) -> None:
         wanted = [f"decoder.layers.{layer}.self_attn.o_proj.weight" for layer in (2, 3)]
-        first, second = ([each for each in graph.graph.initializer if each.name == name][0] for name in wanted)
+        first, second = (next(each for each in graph.graph.initializer if each.name == name) for name in wanted)
         places = [{entry.key: entry for entry in each.external_data} for each in (first, second)]
         assert places[0]["length"].value == places[1]["length"].value
         offsets = [place["offset"].value for place in places]
@@ -200,6 +214,60 @@ def test_a_flipped_bit_in_the_embedding(model: Model) -> None:
     expect(model.parity(bundle), "embedding", None)
 
 
+@pytest.mark.parametrize(
+    ("weight", "stage", "phase", "where"),
+    [
+        ("vision_encoder.projector.2.weight", "vision", "vision_encoder", "projector"),
+        ("decoder.lm_head.weight", "logits", "prefill", ""),
+    ],
+)
+def test_a_flipped_exponent_outside_the_layers(model: Model, weight: str, stage: str, phase: str, where: str) -> None:
+    bundle = model.copy_bundle()
+    flip(bundle, weight, 29)
+    sign(bundle, WEIGHTS)
+    report = model.parity(bundle)
+    expect(report, stage, None, phase)
+    assert report.first_failure is not None
+    assert report.first_failure.where == where
+
+
+def test_a_cache_that_is_not_what_attention_saw(model: Model) -> None:
+    """Right answers now, wrong ones from the next step on."""
+
+    def change(graph: onnx.ModelProto) -> None:
+        node = [node for node in graph.graph.node if node.op_type == "CachedAttention"][2]
+        assert node.output[2] == "present.2.value"
+        node.output[2] = "kept"
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([1.01]), "factor"))
+        graph.graph.node.append(onnx.helper.make_node("Mul", ["kept", "factor"], ["present.2.value"]))
+
+    expect(model.parity(model.with_graph("decoder_prefill", change)), "KV cache", 2, "prefill")
+
+
+def test_another_tokenizer(model: Model) -> None:
+    bundle = model.copy_bundle()
+    path = bundle / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = document["model"]["vocab"]
+    vocabulary["?"], vocabulary["!"] = vocabulary["!"], vocabulary["?"]
+    path.write_text(json.dumps(document), encoding="utf-8")
+    sign(bundle, "tokenizer.json")
+    report = model.parity(bundle)
+    expect(report, "prompt", None)
+    assert report.first_failure is not None
+    assert "token id at position" in report.first_failure.note
+
+
+def test_a_host_that_puts_pictures_upside_down(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All graphs are right; only the runtime's own answer is not."""
+    right = runtime.Decoder.image_features
+    monkeypatch.setattr(runtime.Decoder, "image_features", lambda self, pixels: right(self, pixels)[:, ::-1])
+    report = model.parity()
+    expect(report, "answer logits", None)
+    assert {check.stage for check in report.failures} <= {"answer logits", "text"}
+    assert "text" not in {check.case for check in report.failures}, "no picture, no difference"
+
+
 def test_nan_never_passes(model: Model) -> None:
     """Not even where the reference is NaN too."""
     bundle = model.copy_bundle()
@@ -219,7 +287,9 @@ def test_a_model_of_another_size_is_refused_before_anything_runs(
     model: Model, golden_bundle: Callable[[str], Path]
 ) -> None:
     report = model.parity(golden_bundle("dense_phi3"))
-    expect(report, "names", 0)
+    expect(report, "names", 1)
+    assert report.first_failure is not None
+    assert report.first_failure.where == "decoder_prefill"
     assert report.checks[-1].status == "not run"
     assert any(check.stage == "shapes" for check in report.failures)
 
@@ -235,8 +305,17 @@ def test_a_manifest_of_other_tokens(model: Model) -> None:
 
 def test_the_command_exits_3_and_names_the_layer(model: Model) -> None:
     bundle = model.with_tensors(lambda t: swapped(t, "layers.1.mlp.experts.0.", "layers.1.mlp.experts.3."))
-    command = [sys.executable, "-m", "moiie_export.cli", "parity", str(bundle), "--checkpoint", str(model.base.checkpoint)]
-    result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "moiie_export.cli",
+        "parity",
+        str(bundle),
+        "--checkpoint",
+        str(model.base.checkpoint),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 3, result.stderr
     assert "error: " in result.stderr
     assert "layer 1: picture: prefill hidden states differ" in result.stderr

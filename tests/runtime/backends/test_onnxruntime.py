@@ -64,6 +64,17 @@ def test_outputs_of_different_shapes_from_one_session_do_not_disturb_each_other(
     np.testing.assert_array_equal(second, np.full((1, 2, 4, 4), 2, np.float32))
 
 
+def test_outputs_whose_size_only_the_run_knows():
+    graph = model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (int64[1,m] at, float[n] y) { at = NonZero(x) y = Neg(x) }'
+    )
+    with OnnxRuntimeSession(graph, component="nonzero", threads=1) as session:
+        for x in ([1, 0, 2], [0, 0], [3, 4, 5, 6]):
+            found = session.run({"x": np.array(x, np.float32)})
+            assert found["at"].tolist() == [[index for index, value in enumerate(x) if value]]
+            assert found["y"].tolist() == [-value for value in x]
+
+
 def test_a_buffer_bound_to_input_and_output_is_updated_in_place(cache):
     buffer = np.zeros((1, 2, 8, 4), np.float32)
     address = buffer.ctypes.data
