@@ -80,7 +80,7 @@ def golden_bundle() -> Callable[[str], Path]:
     def export(name: str) -> Path:
         case = GoldenCase(name)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}.waiting").open("w") as lock:  # other workers wait for the first; .lock is the exporter's
+        with (folder / f"{name}.waiting").open("w") as lock:  # other workers wait for the first
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / name).is_dir():
                 export_bundle(ExportRequest(case.checkpoint, folder / name, load_recipe("default")))

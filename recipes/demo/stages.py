@@ -41,7 +41,7 @@ class Settings:
     tower_steps: int = 300
     dense_steps: int = 1000
     align_steps: int = 200
-    sparse_steps: int = 2600
+    sparse_steps: int = 1200
     learning_rate: float = 2e-3
     balance: float = 0.01
     """Coefficient of each load-balancing loss. The authors' 0.001 suits billions of tokens, not some millions."""
@@ -86,7 +86,7 @@ class Stage:
         if self.name == "align":
             return {2.0: projector}
         decoder = [*projector, *self.model.embed_tokens.parameters(), *self.model.decoder.parameters()]
-        return {1.0: decoder} if self.name == "dense" else {1.0: decoder, 0.1: tower}
+        return {1.0: decoder} if self.name == "dense" else {0.6: decoder, 0.06: tower}
 
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of step number `step`, and numbers for the log."""

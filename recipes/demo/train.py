@@ -67,13 +67,14 @@ def run_stage(stage: Stage, out: Path) -> None:
         for decay, flat in ((0.05, False), (0.0, True)):
             members = [p.requires_grad_(True) for p in parameters if (p.dim() == 1) == flat]
             groups.append({"params": members, "weight_decay": decay, "share": share})
+    shares = [group.pop("share") for group in groups]
     trained = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=stage.settings.learning_rate, betas=(0.9, 0.98), fused=True)
     step = _restore(state, stage, optimizer)
     started = time.monotonic()
     while step < stage.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(stage, step)
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] = share * learning_rate(stage, step)
         loss, numbers = stage.loss(step)
         optimizer.zero_grad()
         loss.backward()

@@ -22,10 +22,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.synthetic import write_checkpoint  # noqa: E402 - the path comes first
-
 from moiie_export.pipeline import ExportRequest, export_bundle  # noqa: E402
 from moiie_export.recipe import load_recipe  # noqa: E402
+from tests.synthetic import write_checkpoint  # noqa: E402 - the path comes first
 
 QUICK = {"hidden": 128, "intermediate": 256, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 512}
 FULL = {"hidden": 768, "intermediate": 2048, "layers": 8, "heads": 12, "kv_heads": 4, "vocab": 2048}
