@@ -92,4 +92,5 @@ class ConfigReader:
     def divides(self, key: str, divisor: int, of_key: str, value: int) -> None:
         """Refuse a `divisor` that leaves a remainder."""
         if value % divisor:
-            raise MoiieError(f"{self._where}: {of_key} = {value} is not a multiple of {key} = {divisor}")
+            multiple = key if key == str(divisor) else f"{key} = {divisor}"
+            raise MoiieError(f"{self._where}: {of_key} = {value} is not a multiple of {multiple}")

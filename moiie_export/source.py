@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from moiie_export.checkpoint import Checkpoint, check_finite
 from moiie_export.checkpoint_files import CONFIG, CONFIG_LIMIT
 from moiie_export.config import PUBLISHED_TOWER, parse_config
+from moiie_export.config_reader import ConfigReader
 from moiie_export.model_config import ModelConfig
 from moiie_export.tokenizer_files import load_tokenizer
 from moiie_export.weight_map import CHECKPOINT, TOWER, build_weight_map
@@ -141,7 +143,7 @@ def _find_tower(checkpoint: Checkpoint, override: Path | None) -> tuple[Path | N
     else:
         candidates = []
     for path in candidates:
-        if (path / CONFIG).is_file():
+        if os.path.isfile(path / CONFIG):  # noqa: PTH113 - Path.is_file() raises where a name is too long
             return path, read_json_object(
                 path / CONFIG, CONFIG_LIMIT, "the tower's config.json is damaged: copy it again"
             )
@@ -174,14 +176,24 @@ def _with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, directory: Path) 
                 f"{directory}: the tokenizer has no {config.prompt.stop_string!r}, which ends every answer"
             )
         return replace(config, eos_token_id=(stop,))
+    return replace(config, eos_token_id=_end_tokens(config, directory, entries))
+
+
+def _end_tokens(config: ModelConfig, directory: Path, entries: int) -> tuple[int, ...]:
+    """generation_config.json decides where it names end tokens, else config.json."""
+    where, ids = directory / CONFIG, config.eos_token_id
     generation = directory / "generation_config.json"
     if generation.is_file():
-        configured = read_json_object(generation, CONFIG_LIMIT, "copy it again, or delete it").get("eos_token_id")
-        ids = configured if isinstance(configured, list) else [configured]
-        known = tuple(token for token in ids if type(token) is int and 0 <= token < entries)
-        if len(known) == len(ids):
-            return replace(config, eos_token_id=known)
-    return config
+        raw = read_json_object(generation, CONFIG_LIMIT, "copy it again, or delete it")
+        if raw.get("eos_token_id") not in (None, []):
+            where, ids = generation, ConfigReader(raw, str(generation)).int_list("eos_token_id")
+    for token in ids:
+        if token >= entries:
+            raise MoiieError(
+                f"{where}: eos_token_id: {token} is not among the tokenizer's {entries} entries",
+                "answers would never end: name the token the checkpoint was trained to end with",
+            )
+    return ids
 
 
 def _checked_map(config: ModelConfig, checkpoint: Checkpoint, tower: Checkpoint | None) -> WeightMap:

@@ -30,6 +30,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     tokenizer = _read(path) if path.is_file() else _convert(directory)
     settings = read_tokenizer_config(directory)
     add_bos = settings.get("add_bos_token")
+    if settings.get("add_eos_token"):
+        raise MoiieError(
+            f"{directory / 'tokenizer_config.json'}: add_eos_token: true is not implemented",
+            "it would put an end token behind every piece of a prompt; the authors' tokenizers do not",
+        )
     if str(settings.get("tokenizer_class", "")).startswith("LlamaTokenizer") and isinstance(add_bos, bool):
         _set_bos(tokenizer, _token(settings.get("bos_token", "<s>")), add_bos)
     tokenizer.no_padding()

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from moiie_export.demo.pytorch_answers import greedy_ids
-from moiie_export.model.moe import Expert, MoeBlock
+from moiie_export.model.moe import Expert, MoeBlock, Routing
 from moiie_export.model.vlm import VlmModel
 from moiie_recipes.demo.held_out import Item
 from moiie_recipes.demo.questions import KINDS, ONE_THING
 from moiie_recipes.demo.scenes import draw
-from moiie_runtime.prompt import LANGUAGE, Prompt
+from moiie_runtime.prompt import LANGUAGE, VISION, Prompt
 
 if TYPE_CHECKING:
     from moiie_runtime.vlm import VLM
@@ -87,6 +87,7 @@ def ablations(model: VlmModel, vlm: VLM, items: Sequence[Item]) -> list[Ablation
         ("grey picture", _grey, nullcontext()),
         ("picture of another question", _swapped, nullcontext()),
         ("vision experts zeroed", list, _vision_experts_zeroed(model)),
+        ("no expert for image tokens", list, _no_expert_for_images(model)),
         ("image tokens through the language gate", _as_language, nullcontext()),
     ]
     found = []
@@ -129,3 +130,27 @@ def _vision_experts_zeroed(model: VlmModel) -> Iterator[None]:
     finally:
         for weight, values in saved:
             weight.copy_(values)
+
+
+@contextmanager
+def _no_expert_for_images(model: VlmModel) -> Iterator[None]:
+    """While open, image tokens get nothing from any expert, shared ones included; text is served as ever."""
+    blocks = [layer.mlp for layer in model.decoder.layers if isinstance(layer.mlp, MoeBlock)]
+
+    def silence(block: MoeBlock) -> None:
+        def route(x: torch.Tensor, token_modality: torch.Tensor | None) -> Routing:
+            found = MoeBlock.route(block, x, token_modality)
+            if token_modality is None:
+                return found
+            heard = (token_modality != VISION).unsqueeze(1)
+            return replace(found, expert_weights=found.expert_weights * heard)
+
+        block.__dict__["route"] = route
+
+    try:
+        for block in blocks:
+            silence(block)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("route", None)

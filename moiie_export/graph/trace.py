@@ -13,8 +13,7 @@ import torch
 from moiie_export.graph.components import Component, Tensor
 from moiie_export.graph.translation import translation_table
 from moiie_export.model.vlm import VlmModel
-
-OPSET = 23
+from moiie_export.ops.op import OPSET
 
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.int32: ir.DataType.INT32, torch.int64: ir.DataType.INT64}
 

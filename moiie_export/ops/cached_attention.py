@@ -7,7 +7,7 @@ The positions of a row are consecutive and begin at the number of keys it has al
 A token sees the keys at positions <= its own; with attribute `local_window_size` W > 0 only the W nearest of them, its
 own included (Phi-3: sliding_window + 1, spec moiie.md 4.5).
 Rows shorter than T are padded on the right: their padding is written behind the row's length, where no token looks and
-the next step overwrites it.
+the next step overwrites it. Slots that were never written must be finite (a mask cannot silence NaN): begin with zeros.
 
 Mask and slots follow from positions and attributes alone (attribute `num_key_value_heads` repeats Hkv for that), so that
 a runtime which merges equal nodes computes them once for all layers.

@@ -8,6 +8,8 @@ from typing import Any
 
 DOMAIN = "moiie"
 VERSION = 1
+OPSET = 23
+"""Standard ops of graphs and bodies. Not 24: no ONNX Runtime for Python 3.10 runs it."""
 
 Attributes = Mapping[str, Any]
 
@@ -48,7 +50,7 @@ class Op:
 def function_text(
     op_name: str, signature: tuple[Sequence[str], Sequence[str]], attributes: Attributes, lines: str
 ) -> str:
-    """ONNX text of a function in domain `moiie` whose body uses standard ops of opset 24 only.
+    """ONNX text of a function in domain `moiie` whose body uses standard ops of `OPSET` only.
 
     Args:
         op_name: the op's ONNX name.
@@ -59,7 +61,7 @@ def function_text(
     inputs, outputs = signature
     declared = f" <{', '.join(attributes)}>" if attributes else ""
     return (
-        f'<domain: "{DOMAIN}", opset_import: ["" : 23]>\n'
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
         f"{op_name}{declared} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{lines}\n}}"
     )
 

@@ -322,6 +322,31 @@ def test_the_end_tokens_of_phi3_are_those_of_generation_config(
         assert source.config.eos_token_id == eos
 
 
+@pytest.mark.parametrize("in_generation", [True, False])
+def test_an_end_token_outside_the_vocabulary_is_refused(golden_copy: Copy, in_generation: bool) -> None:
+    case = golden_copy("moiie_phi3")
+    generation = case.checkpoint / "generation_config.json"
+    if in_generation:
+        generation.write_text('{"eos_token_id": [3, 352]}')
+    else:
+        generation.unlink()
+        case.config(eos_token_id=352)
+    refused(case.checkpoint, r"eos_token_id: 352 is not among the tokenizer's 352 entries")
+
+
+def test_a_tower_name_that_no_file_system_holds_is_not_found(golden_copy: Copy) -> None:
+    case = golden_copy("moiie_phi3")
+    case.config(mm_vision_tower="siglip" * 1000)
+    refused(case.checkpoint, "mm_vision_tower: found no directory")
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused(golden_copy: Copy) -> None:
+    case = golden_copy("moiie_phi3")
+    path = case.checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_eos_token": True}))
+    refused(case.checkpoint, "add_eos_token: true is not implemented")
+
+
 def test_hashes_name_every_file_that_counts() -> None:
     with ModelSource.open(GOLDEN / "moiie_phi3" / "checkpoint") as source:
         names = {

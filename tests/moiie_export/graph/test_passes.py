@@ -15,7 +15,7 @@ import torch
 from moiie_export.graph import passes
 from moiie_export.graph.components import Component, Tensor
 from moiie_export.graph.passes import PORTABLE, PassContext
-from moiie_export.graph.trace import OPSET
+from moiie_export.ops.op import OPSET
 from moiie_export.ops.topk_route import topk_route
 from moiie_export.weights import Part, Weight, WeightMap
 from moiie_runtime.errors import MoiieError

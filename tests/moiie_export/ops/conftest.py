@@ -13,10 +13,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from moiie_export.graph.trace import OPSET
 from moiie_export.graph.translation import register_schemas
 from moiie_export.ops import DOMAIN, OPS
-from moiie_export.ops.op import VERSION
+from moiie_export.ops.op import OPSET, VERSION
 
 TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,

@@ -10,10 +10,9 @@ import pytest
 import torch
 from onnx import defs, helper
 
-from moiie_export.graph.trace import OPSET
 from moiie_export.graph.translation import register_schemas, translation_table
 from moiie_export.ops import DOMAIN, OPS
-from moiie_export.ops.op import VERSION, Op, function_text, scalar, vector
+from moiie_export.ops.op import OPSET, VERSION, Op, function_text, scalar, vector
 
 EXAMPLES = {
     "CachedAttention": [({"num_key_value_heads": 2, "local_window_size": window}, 6) for window in (0, 5)],
