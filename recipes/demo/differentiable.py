@@ -42,8 +42,9 @@ class Layout:
 
 @dataclass
 class Forward:
-    """The residual stream behind the last layer [N, H], and of each layer with experts the router's logits [N, E]."""
+    """What went in and the residual stream behind the last layer [N, H]; of each layer with experts the logits [N, E]."""
 
+    embeds: torch.Tensor
     hidden: torch.Tensor
     router_logits: list[torch.Tensor]
 
@@ -66,7 +67,7 @@ def forward(model: VlmModel, embeds: torch.Tensor, rows: int, layout: Layout) ->
         else:
             out = gated_mlp(layer.mlp, normed)
         x = x + out
-    return Forward(x, routers)
+    return Forward(embeds, x, routers)
 
 
 def rms_norm(module: RMSNorm, x: torch.Tensor) -> torch.Tensor:

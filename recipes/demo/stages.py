@@ -41,10 +41,13 @@ class Settings:
     tower_steps: int = 300
     dense_steps: int = 1000
     align_steps: int = 200
-    sparse_steps: int = 1200
-    learning_rate: float = 2e-3
-    balance: float = 0.01
-    """Coefficient of each load-balancing loss. The authors' 0.001 suits billions of tokens, not some millions."""
+    sparse_steps: int = 2500
+    learning_rate: float = 1.5e-3
+    balance: float = 0.001
+    """Coefficient of each load-balancing loss, the authors' (spec moiie.md, 1.9)."""
+    image_rows: float = 0.1
+    """Mean square above which image rows cost something when they enter the decoder. Left alone, the projector makes
+    them so large that nothing the decoder's layers add to them matters, and then no expert has anything to do there."""
 
 
 STAGES = ("tower", "dense", "align", "sparse")
@@ -100,6 +103,10 @@ class Stage:
         labels = batch.labels[batch.labels >= 0]
         loss = answer_loss(logits, labels)
         numbers = {"answer": loss.item()}
+        rows = found.embeds[len(self.layout.prefix) :].unflatten(0, (len(batch.ids), -1))
+        size = rows[:, : self.layout.image_tokens].float().square().mean()
+        numbers["image_rows"] = size.item()
+        loss = loss + 0.1 * F.relu(size - self.settings.image_rows)
         if found.router_logits:
             balances, shares = self._routing(found, batch)
             numbers |= shares

@@ -94,9 +94,9 @@ def run_stage(stage: Stage, out: Path) -> None:
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then a cosine to a twentieth; stages before the last stay at half or more of the peak."""
+    """Linear warm-up, then a cosine to a twentieth; stages before the last stay at a quarter of the peak or more."""
     warmup = min(100, stage.steps // 10 + 1)
-    peak, floor = stage.settings.learning_rate, 0.02 if stage.name == "sparse" else 0.5
+    peak, floor = stage.settings.learning_rate, 0.02 if stage.name == "sparse" else 0.25
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, stage.steps - warmup)

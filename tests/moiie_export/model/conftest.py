@@ -24,15 +24,6 @@ from moiie_export.source import ModelSource
 IMAGE = -200
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
-    """The golden numbers were made with two; more only fight over small matrices."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def pixels(image: Path, side: int, aspect_ratio: str) -> np.ndarray:
     """Spec 5.1: [3, side, side] from a picture, by Pillow alone."""
     picture = Image.open(image).convert("RGB")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import onnx
 import onnx.parser
 import onnxruntime
 import pytest
-import torch
 from onnx import TensorProto, helper
 
 from moiie_export.graph.translation import register_schemas
@@ -27,14 +26,6 @@ IR_VERSION = 10
 """The first with functions that have overloads."""
 
 Run = Callable[[str, Mapping[str, Any], Mapping[str, np.ndarray]], list[np.ndarray]]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def single_node(name: str, attributes: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> onnx.ModelProto:

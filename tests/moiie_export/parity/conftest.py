@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from moiie_export.parity import Report, check_parity
 from moiie_export.pipeline import ExportRequest, export_bundle
@@ -99,12 +98,3 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None
 def model(tmp_path: Path) -> Model:
     """The synthetic model, with room for changed copies."""
     return Model(exported(SETTINGS, max_context=CONTEXT), tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share; with more threads a busy machine spends its time at their barriers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
