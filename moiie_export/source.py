@@ -25,7 +25,7 @@ from moiie_export.weights import Part, Weight, WeightMap, check_tensors
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import read_json_object
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 """Weights are streamed in blocks of rows of about this many float32 bytes."""
 
 _PUBLISHED_NAME = "siglip-so400m-patch14-384"
@@ -129,6 +129,7 @@ class ModelSource:
             block = source.rows(part.tensor, start, min(rows, start + step))
             check_finite(block, part.tensor, source.path / source.tensors[part.tensor].file, start)
             yield block
+            del block  # before the next one is read
 
 
 def _find_tower(checkpoint: Checkpoint, override: Path | None) -> tuple[Path | None, dict[str, Any] | None]:

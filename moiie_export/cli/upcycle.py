@@ -30,7 +30,7 @@ A checkpoint that the authors' converter made, which has experts but no gates, g
 @JSON_OPTION
 @VERBOSE_OPTION
 def command(checkpoint: Path, output: Path, check: bool, as_json: bool, **options: Any) -> None:
-    """Convert a dense checkpoint to a mixture of modality experts, ready to be trained.
+    """Turn a dense checkpoint into one with experts, to be trained.
 
     The feed-forward of every odd layer is copied to N experts, so that the new model first answers as the dense one does.
     """
