@@ -46,28 +46,35 @@ class Forward:
 
     embeds: torch.Tensor
     hidden: torch.Tensor
+    idle_work: torch.Tensor
+    """How much is done to image tokens elsewhere than in vision experts: the mean square that dense layers at even
+    indices and shared experts add to them, summed over layers."""
     router_logits: list[torch.Tensor]
 
 
-def forward(model: VlmModel, embeds: torch.Tensor, rows: int, layout: Layout) -> Forward:
-    """The decoder over whole sequences, without a cache; embeds [N, H]."""
+def forward(model: VlmModel, embeds: torch.Tensor, rows: int, layout: Layout, depth: int | None = None) -> Forward:
+    """The decoder over whole sequences, without a cache; embeds [N, H]. `depth`: how many layers, None for all."""
     decoder, shared = model.decoder, len(layout.prefix)
     positions = torch.cat((torch.arange(shared), layout.positions))
     cos, sin = rotary_angles(positions.unsqueeze(0), decoder.head_dim, decoder.rope_theta)
     angles = (cos.to(embeds.dtype), sin.to(embeds.dtype))
     mask = torch.cat((torch.ones(len(layout.positions), shared, dtype=torch.bool), layout.mask), dim=1)
     modality = torch.cat((torch.zeros(shared, dtype=torch.int32), layout.token_modality.repeat(rows)))
-    x, routers = embeds, []
-    for layer in decoder.layers:
+    x, routers, idle = embeds, [], embeds.new_zeros((), dtype=torch.float32)
+    vision = modality == 1
+    for index, layer in enumerate(decoder.layers[:depth]):
         x = x + attention(layer.self_attn, rms_norm(layer.input_layernorm, x), angles, mask, shared)
         normed = rms_norm(layer.post_attention_layernorm, x)
         if isinstance(layer.mlp, MoeBlock):
-            out, logits = moe(layer.mlp, normed, modality)
+            out, logits, shared_work = moe(layer.mlp, normed, modality)
             routers.append(logits)
+            idle = idle + shared_work
         else:
             out = gated_mlp(layer.mlp, normed)
+            if index % 2 == 0 and vision.any():
+                idle = idle + out[vision].float().square().mean()
         x = x + out
-    return Forward(embeds, x, routers)
+    return Forward(embeds, x, idle, routers)
 
 
 def rms_norm(module: RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -120,14 +127,27 @@ def gated_mlp(module: GatedMlp, x: torch.Tensor) -> torch.Tensor:
     return module.down_proj(F.silu(gate) * up)
 
 
-def moe(block: MoeBlock, x: torch.Tensor, token_modality: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, H] -> block output [N, H] and router logits [N, E] with -inf where a modality may not go."""
+def moe(
+    block: MoeBlock, x: torch.Tensor, token_modality: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The block's output [N, H] for x [N, H], router logits [N, E], and the mean square of shared experts' work.
+
+    The logits are -inf where a modality may not go; the work is what experts of both modalities add to image tokens.
+    """
     groups = (block.moe.expert_groups["language"], block.moe.expert_groups["vision"])
     gates = (block.gate.weight, block.gate_vis.weight)
     logits = modality_router(x, gates, token_modality, groups, block.moe.num_experts)
     ids, weights = topk_route(logits, block.moe.top_k)
-    experts = {e: (block.experts[str(e)].gate_up_proj, block.experts[str(e)].down_proj) for e in block.moe.reachable}
-    return expert_dispatch(x, ids, weights, experts), logits
+    vision = token_modality == 1
+    work = torch.zeros((), dtype=torch.float32)
+    out = torch.zeros_like(x)
+    for expert in block.moe.reachable:
+        banks = {expert: (block.experts[str(expert)].gate_up_proj, block.experts[str(expert)].down_proj)}
+        routed = expert_dispatch(x, ids, weights, banks)
+        out = out + routed
+        if expert in groups[0] and expert in groups[1] and vision.any():
+            work = work + routed[vision].float().square().mean()
+    return out, logits, work
 
 
 def modality_router(

@@ -38,19 +38,24 @@ class Settings:
     scenes: int = 24_000
     pictures_per_step: int = 16
     questions_per_picture: int = 8
-    tower_steps: int = 300
-    dense_steps: int = 1000
+    perception_steps: int = 500
+    dense_steps: int = 1400
     align_steps: int = 200
     sparse_steps: int = 2500
     learning_rate: float = 1.5e-3
     balance: float = 0.001
     """Coefficient of each load-balancing loss, the authors' (spec moiie.md, 1.9)."""
+    idle_work: float = 3.0
+    """Cost of what dense layers and shared experts do to image tokens. So small a task is done by any one layer; this
+    makes it the vision experts' task, so that their absence shows."""
     image_rows: float = 0.1
     """Mean square above which image rows cost something when they enter the decoder. Left alone, the projector makes
     them so large that nothing the decoder's layers add to them matters, and then no expert has anything to do there."""
 
 
-STAGES = ("tower", "dense", "align", "sparse")
+PERCEPTION_DEPTH = 4
+"""Layers of the decoder that learn to see before they learn to read: all but the last, which no image token is read from."""
+STAGES = ("perception", "dense", "align", "sparse")
 
 
 @dataclass
@@ -63,8 +68,11 @@ class Stage:
     tokenizer: Tokenizer
 
     def __post_init__(self) -> None:
-        tower = self.model.config.vision
-        self.head = nn.Linear(tower.hidden_size, sum(self._head_sizes())) if self.name == "tower" else None
+        self.head = (
+            nn.Linear(self.model.config.text.hidden_size, sum(self._head_sizes()))
+            if self.name == "perception"
+            else None
+        )
 
     @property
     def steps(self) -> int:
@@ -79,24 +87,24 @@ class Stage:
     def trained(self) -> dict[float, list[nn.Parameter]]:
         """What the stage changes, by the share of the learning rate it gets.
 
-        The tower is kept as it is until the decoder can use it, and moves slowly afterwards: at the decoder's rate, the
-        noise of its first gradients wipes out what the tower has learned.
+        The tower moves slowly once it sees: at the decoder's rate, the noise of a new stage's first gradients wipes out
+        what it has learned.
         """
         vision = self.model.vision_encoder
         tower, projector = list(vision.tower.parameters()), list(vision.projector.parameters())
+        decoder = [*projector, *self.model.embed_tokens.parameters(), *self.model.decoder.parameters()]
         if self.head is not None:
-            return {1.0: [*tower, *self.head.parameters()]}
+            return {1.0: [*tower, *decoder, *self.head.parameters()]}
         if self.name == "align":
             return {2.0: projector}
-        decoder = [*projector, *self.model.embed_tokens.parameters(), *self.model.decoder.parameters()]
-        return {1.0: decoder} if self.name == "dense" else {0.6: decoder, 0.06: tower}
+        return {1.0: decoder, 0.1: tower} if self.name == "dense" else {0.6: decoder, 0.06: tower}
 
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of step number `step`, and numbers for the log."""
         most, kinds = self._lesson(step)
         scenes = [training_scene(self.settings.seed, i, most) for i in self._indices(step)]
         if self.head is not None:
-            return self._tower_loss(self.head, scenes)
+            return self._perception_loss(self.head, scenes)
         asked = ask_batch(scenes, self.settings.questions_per_picture, kinds, salt=f"{self.name}/{step}")
         batch = pack(self.tokenizer, scenes, asked)
         logits, found = answer_logits(self.model, self.layout, batch, torch.bfloat16)
@@ -106,7 +114,8 @@ class Stage:
         rows = found.embeds[len(self.layout.prefix) :].unflatten(0, (len(batch.ids), -1))
         size = rows[:, : self.layout.image_tokens].float().square().mean()
         numbers["image_rows"] = size.item()
-        loss = loss + 0.1 * F.relu(size - self.settings.image_rows)
+        loss = loss + 0.1 * F.relu(size - self.settings.image_rows) + self.settings.idle_work * found.idle_work
+        numbers["idle_work"] = found.idle_work.item()
         if found.router_logits:
             balances, shares = self._routing(found, batch)
             numbers |= shares
@@ -131,12 +140,17 @@ class Stage:
             return 5, KINDS
         return (2 if done < 0.1 else 3), (CAPTION, CAPTION, CAPTION, *ONE_THING)
 
-    def _tower_loss(self, head: nn.Linear, scenes: list[Scene]) -> tuple[torch.Tensor, dict[str, float]]:
+    def _perception_loss(self, head: nn.Linear, scenes: list[Scene]) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the shape and the colour in each patch, and of the patch's row and column."""
         pixels = normalise(torch.from_numpy(np.stack([small_picture(scene) for scene in scenes])))
         labels = torch.from_numpy(np.stack([labels_of(scene) for scene in scenes])).long().reshape(-1)
-        with sdpa_kernel(SDPBackend.MATH):
-            logits = head(self.model.vision_encoder.tower(pixels)).flatten(0, 1)
+        layout = make_layout(self.tokenizer, 0)
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            rows = self.model.vision_encoder(pixels)[0].flatten(0, 1)
+            embeds = torch.cat((self.model.embed_tokens(layout.prefix), rows))
+            found = forward(self.model, embeds, len(scenes), layout, PERCEPTION_DEPTH)
+            hidden = found.hidden[len(layout.prefix) :]
+            logits = head(F.layer_norm(hidden, hidden.shape[1:])).float()
         colours, grid = len(COLOURS), self.model.config.vision.grid
         place = torch.arange(grid * grid).repeat(len(scenes))
         shape = torch.where(labels > 0, 1 + (labels - 1) // colours, 0)
@@ -146,7 +160,10 @@ class Stage:
         loss = torch.stack([F.cross_entropy(part, target) for part, target in zip(parts, targets, strict=True)]).sum()
         right = ((parts[0].argmax(1) == shape) & (parts[1].argmax(1) == colour))[labels > 0].float().mean().item()
         where = ((parts[2].argmax(1) == targets[2]) & (parts[3].argmax(1) == targets[3])).float().mean().item()
-        return loss, {"things_right": right, "places_right": where}
+        size = rows.float().square().mean()
+        loss = loss + 0.1 * F.relu(size - self.settings.image_rows) + self.settings.idle_work * found.idle_work
+        numbers = {"image_rows": size.item(), "idle_work": found.idle_work.item()}
+        return loss, {"things_right": right, "places_right": where, **numbers}
 
     def _head_sizes(self) -> list[int]:
         grid = self.model.config.vision.grid

@@ -78,7 +78,7 @@ def run_stage(stage: Stage, out: Path) -> None:
         loss, numbers = stage.loss(step)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+        norm = nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], 1.0).item()
         if not math.isfinite(norm):
             raise RuntimeError(f"stage {stage.name}, step {step}: the gradient is not finite")
         optimizer.step()
@@ -94,7 +94,7 @@ def run_stage(stage: Stage, out: Path) -> None:
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then a cosine to a twentieth; stages before the last stay at a quarter of the peak or more."""
+    """Linear warm-up, then a cosine to a fiftieth; stages before the last stay at a quarter of the peak or more."""
     warmup = min(100, stage.steps // 10 + 1)
     peak, floor = stage.settings.learning_rate, 0.02 if stage.name == "sparse" else 0.25
     if step < warmup:
