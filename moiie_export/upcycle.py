@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +21,8 @@ import numpy.typing as npt
 from moiie_export.checkpoint import Checkpoint
 from moiie_export.checkpoint_files import CONFIG
 from moiie_export.disk import write_json
+from moiie_export.source import BLOCK_BYTES
+from moiie_export.stages import Progress
 from moiie_export.upcycle_config import SparseShape, sparse_config, sparse_shape
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.tensor_header import ITEM_SIZES
@@ -28,14 +30,11 @@ from moiie_runtime.tensor_writer import TensorWriter
 
 SHARD_BYTES = 2_000_000_000
 """Shards of the output hold at most this many bytes of tensors, as the authors' converter writes them."""
-BLOCK_BYTES = 32 << 20
 INDEX = "model.safetensors.index.json"
 
 _MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 _LEFT_BEHIND = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|index\.json)|config\.json|trainer_state\.json")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

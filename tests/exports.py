@@ -34,7 +34,7 @@ def sources_digest() -> str:
     """Hex digest of everything that decides what an export of a given checkpoint writes."""
     digest = hashlib.sha256()
     sources = [*(ROOT / "moiie_export").rglob("*.py"), *(ROOT / "runtime").glob("tensor*.py")]
-    sources = [path for path in sources if not {"cli", "demo", "parity"} & set(path.relative_to(ROOT).parts)]
+    sources = [path for path in sources if not {"cli", "parity"} & set(path.relative_to(ROOT).parts)]
     for path in sorted([*sources, *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "tests").glob("synthetic*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

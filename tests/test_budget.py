@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,11 @@ def test_the_command_line_knows_no_model_family() -> None:
         code = path.read_text(encoding="utf-8")
         assert "model_type ==" not in code, path
         assert "import moiie_export.config" not in code, path
+
+
+def test_the_committed_tree_stays_small() -> None:
+    """24 MiB for everything a clone holds, golden numbers included."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name) <= 24 << 20
