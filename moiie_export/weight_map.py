@@ -146,10 +146,14 @@ def _unreachable(config: ModelConfig, source: str, tensor: str) -> str | None:
         return _unreachable_in_tower(config.vision, tensor.removeprefix(_TOWER_IN_CHECKPOINT), tensor)
     if tensor.endswith("rotary_emb.inv_freq"):
         return "a buffer that is computed from rope_theta"
-    moe = config.moe
-    for layer in moe.layers if moe else ():
-        for expert, module in enumerate(moe.experts if moe else ()):
-            if moe and expert not in moe.reachable and tensor.startswith(f"model.layers.{layer}.mlp.{module}."):
+    return None if config.moe is None else _dead_expert(config.moe, tensor)
+
+
+def _dead_expert(moe: MoeConfig, tensor: str) -> str | None:
+    dead = [expert for expert in range(moe.num_experts) if expert not in moe.reachable]
+    for layer in moe.layers:
+        for expert in dead:
+            if tensor.startswith(f"model.layers.{layer}.mlp.{moe.experts[expert]}."):
                 return f"dead expert {expert}: no gate row of either modality leads to it"
     return None
 

@@ -104,9 +104,11 @@ class VLM:
         """
         return self._stream(self.processor(messages), generation)
 
-    def stream_prompt(self, text: str, images: Sequence[ImageSource] = (), **generation: Any) -> Iterator[Chunk]:
-        """The answer to a complete prompt string, piece by piece; see `generate_prompt` and `stream`."""
-        return self._stream(self.processor.from_text(text, images), generation)
+    def stream_prompt(
+        self, prompt: str | Prompt, images: Sequence[ImageSource] = (), **generation: Any
+    ) -> Iterator[Chunk]:
+        """The answer to a complete prompt, piece by piece; see `generate_prompt` and `stream`."""
+        return self._stream(self._prepared(prompt, images), generation)
 
     def generate(self, messages: Sequence[Message], *, record: Record = TEXT_ONLY, **generation: Any) -> Generation:
         """The whole answer to a conversation.
@@ -122,20 +124,20 @@ class VLM:
         return self.generate_batch([messages], record=record, **generation)[0]
 
     def generate_prompt(
-        self, text: str, images: Sequence[ImageSource] = (), *, record: Record = TEXT_ONLY, **generation: Any
+        self, prompt: str | Prompt, images: Sequence[ImageSource] = (), *, record: Record = TEXT_ONLY, **generation: Any
     ) -> Generation:
-        """The whole answer to a complete prompt string, which no template is applied to.
+        """The whole answer to a complete prompt, which no template is applied to.
 
         Args:
-            text: the prompt, with one image marker for each picture.
-            images: the pictures, in the order of the markers.
+            prompt: text with one image marker for each picture, or what `processor` made of text and pictures.
+            images: the pictures of a text, in the order of the markers.
             record: logits and routing to keep.
             generation: settings.
 
         Raises:
             MoiieError: as in `generate`.
         """
-        return self._generate([self.processor.from_text(text, images)], record, generation)[0]
+        return self._generate([self._prepared(prompt, images)], record, generation)[0]
 
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], *, record: Record = TEXT_ONLY, **generation: Any
@@ -165,6 +167,13 @@ class VLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _prepared(self, prompt: str | Prompt, images: Sequence[ImageSource]) -> Prompt:
+        if isinstance(prompt, str):
+            return self.processor.from_text(prompt, images)
+        if images:
+            raise MoiieError("a prepared prompt holds its pictures already", "give pictures with a text only")
+        return prompt
 
     def _stream(self, prompt: Prompt, generation: Mapping[str, Any]) -> Iterator[Chunk]:
         [answer] = self._answers([prompt], generation, TEXT_ONLY)

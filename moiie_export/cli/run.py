@@ -22,7 +22,7 @@ from moiie_export.cli.common import (
 from moiie_runtime.errors import MoiieError
 
 if TYPE_CHECKING:
-    from moiie_runtime import VLM, Generation, RoutingStats, Stats
+    from moiie_runtime import VLM, Generation, Prompt, RoutingStats, Stats
 
 EPILOG = """\b
 Examples:
@@ -113,11 +113,12 @@ def command(bundle: Path, **options: Any) -> None:
     import moiie_runtime
 
     with moiie_runtime.load(bundle, threads=wanted["threads"], memory_limit=wanted["memory_limit"]) as vlm:
-        _say_memory(vlm, wanted)
+        prompt = _prepared(vlm, wanted)
+        _say_memory(vlm, prompt, wanted)
         if wanted["as_json"] or wanted["routing"] or wanted["save_outputs"]:
-            _whole(vlm, wanted)
+            _whole(vlm, prompt, wanted)
         else:
-            _streamed(vlm, wanted)
+            _streamed(vlm, prompt, wanted)
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,17 +156,16 @@ def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return given | ({"stop_strings": wanted["stop_strings"]} if wanted["stop_strings"] else {})
 
 
-def _messages(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*wanted["images"], wanted["prompt"]]}]
+def _prepared(vlm: VLM, wanted: Mapping[str, Any]) -> Prompt:
+    """The prompt with its pictures, made once: for the predicted memory and for the answer."""
+    if wanted["raw"]:
+        return vlm.processor.from_text(wanted["prompt"], wanted["images"])
+    return vlm.processor([{"role": "user", "content": [*wanted["images"], wanted["prompt"]]}])
 
 
-def _say_memory(vlm: VLM, wanted: Mapping[str, Any]) -> None:
+def _say_memory(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
     from moiie_runtime.memory import Request, estimate_memory
 
-    if wanted["raw"]:
-        prompt = vlm.processor.from_text(wanted["prompt"], wanted["images"])
-    else:
-        prompt = vlm.processor(_messages(wanted))
     request = Request(
         prompt_tokens=prompt.length,
         new_tokens=wanted["max_new_tokens"] or vlm.bundle.generation.get("max_new_tokens", 1),
@@ -175,12 +175,8 @@ def _say_memory(vlm: VLM, wanted: Mapping[str, Any]) -> None:
     note(f"predicted memory: {estimate_memory(vlm.bundle, request)}")
 
 
-def _streamed(vlm: VLM, wanted: Mapping[str, Any]) -> None:
-    settings = _generation(wanted)
-    if wanted["raw"]:
-        chunks = vlm.stream_prompt(wanted["prompt"], wanted["images"], **settings)
-    else:
-        chunks = vlm.stream(_messages(wanted), **settings)
+def _streamed(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
+    chunks = vlm.stream_prompt(prompt, **_generation(wanted))
     last = None
     try:
         for last in chunks:
@@ -194,7 +190,7 @@ def _streamed(vlm: VLM, wanted: Mapping[str, Any]) -> None:
         _say_stats(last.stats, last.finish_reason)
 
 
-def _whole(vlm: VLM, wanted: Mapping[str, Any]) -> None:
+def _whole(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
     from moiie_runtime import Record
 
     saving = wanted["save_outputs"] is not None
@@ -203,11 +199,7 @@ def _whole(vlm: VLM, wanted: Mapping[str, Any]) -> None:
         step_logits=saving,
         routing=wanted["routing"],
     )
-    settings = _generation(wanted)
-    if wanted["raw"]:
-        answer = vlm.generate_prompt(wanted["prompt"], wanted["images"], record=record, **settings)
-    else:
-        answer = vlm.generate(_messages(wanted), record=record, **settings)
+    answer = vlm.generate_prompt(prompt, record=record, **_generation(wanted))
     if saving:
         _save(answer, wanted["save_outputs"])
     stats = answer.routing.stats() if answer.routing is not None else None

@@ -178,13 +178,12 @@ def _decoder_outputs(
         Tensor("logits", torch.float32, ("batch", kept, text.vocab_size)),
         *_buffers(config, capacity, "present"),
     ]
-    for layer in moe.layers if moe else ():
-        if moe is None:
-            continue
-        outputs.append(Tensor(f"expert_ids.{layer}", torch.int32, (tokens, moe.top_k)))
-        outputs.append(Tensor(f"expert_weights.{layer}", torch.float32, (tokens, moe.top_k)))
-        if moe.gates:
-            outputs.append(Tensor(f"router_logits.{layer}", torch.float32, (tokens, moe.num_experts)))
+    if moe is not None:
+        for layer in moe.layers:
+            outputs.append(Tensor(f"expert_ids.{layer}", torch.int32, (tokens, moe.top_k)))
+            outputs.append(Tensor(f"expert_weights.{layer}", torch.float32, (tokens, moe.top_k)))
+            if moe.gates:
+                outputs.append(Tensor(f"router_logits.{layer}", torch.float32, (tokens, moe.num_experts)))
     probes = tuple(
         Tensor(f"hidden.{layer}", torch.float32, (tokens, text.hidden_size)) for layer in range(text.num_hidden_layers)
     )

@@ -224,6 +224,10 @@ def test_a_complete_prompt_gives_what_its_messages_give(vlm, pictured, picture):
     text = vlm.processor(pictured).text
     expected = vlm.generate(pictured, max_new_tokens=5)
     assert vlm.generate_prompt(text, [picture], max_new_tokens=5).token_ids == expected.token_ids
+    prepared = vlm.processor.from_text(text, [picture])
+    assert vlm.generate_prompt(prepared, max_new_tokens=5).token_ids == expected.token_ids
+    with pytest.raises(mr.MoiieError, match="holds its pictures already"):
+        vlm.generate_prompt(prepared, [picture])
     streamed = list(vlm.stream_prompt(text, [picture], max_new_tokens=5))
     assert "".join(chunk.text for chunk in streamed) == expected.text
 
