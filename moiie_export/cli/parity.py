@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from moiie_export.cli.common import BUNDLE_ARGUMENT, CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json
+from moiie_export.cli.common import BUNDLE_ARGUMENT, CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note
 from moiie_export.cli.progress import Progress
 from moiie_runtime.errors import Unsound
 
@@ -14,11 +15,13 @@ EPILOG = """\b
 Examples:
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --recipe my.yaml
+  moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --report report.html
 
 Both models get the same pictures and texts: those of the recipe's
 parity.cases, or made-up ones. Compared, in this order: names, shapes, dtypes,
 finite values, routing, hidden states, KV cache, logits, text. Exits 3 when a
-check fails, and names the first one.
+check fails, and names the first one. A report is written either way: one HTML
+file that needs neither network nor scripts.
 """
 
 
@@ -38,9 +41,30 @@ check fails, and names the first one.
     help="Where a separate vision tower lies, as for export.",
 )
 @click.option("--recipe", metavar="RECIPE", help="Take parity.cases from this recipe.  [default: the bundle's own]")
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the comparison as one HTML page with charts.",
+)
+@click.option(
+    "--png",
+    "pictures",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the charts as PNG files; needs matplotlib.",
+)
 @JSON_OPTION
 @VERBOSE_OPTION
-def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: str | None, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    checkpoint: Path,
+    vision_tower: Path | None,
+    recipe: str | None,
+    as_json: bool,
+    **outputs: Path | None,
+) -> None:
     """Compare a bundle with its checkpoint in PyTorch."""
     from moiie_export.cli.sources import checkpoint_directory, need_extra
     from moiie_export.recipe import load_recipe
@@ -51,6 +75,12 @@ def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: s
     cases = None if recipe is None else load_recipe(recipe).parity.cases
     need_extra("cpu")
     need_extra("export")
+    if outputs["pictures"] is not None:
+        need_extra("report")
+    if any(outputs.values()):
+        from moiie_export.report import prepare
+
+        prepare(**outputs)
     from moiie_export.parity import check_parity
 
     progress = Progress()
@@ -60,9 +90,32 @@ def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: s
         emit_json(report.to_dict())
     else:
         click.echo(report.summary())
+    written = _write(report.to_dict(), **outputs)
     if not report:
         first = report.first_failure
         hint = "export the bundle again from this checkpoint; if it still differs, the difference begins at that check"
         if first is not None and first.stage == "files":
             hint = "copy the bundle again, or write it again with `moiie export`"
-        raise Unsound(f"{bundle} is not the model of {checkpoint}: {report.verdict()}", hint)
+        more = f"; see {written}" if written else ""
+        raise Unsound(f"{bundle} is not the model of {checkpoint}: {report.verdict()}{more}", hint)
+    if written:
+        note(f"written: {written}")
+
+
+def _write(document: dict[str, Any], page: Path | None, pictures: Path | None) -> str:
+    """Write what was asked for, and say what that was."""
+    written = []
+    if page is not None:
+        from moiie_export.report import write_report
+
+        write_report(document, page)
+        written.append(str(page))
+    if pictures is not None:
+        from moiie_export.report import write_pngs
+        from moiie_export.report.numbers import counted
+
+        paths = write_pngs(document, pictures)
+        written.append(
+            f"{counted(len(paths), 'picture')} in {pictures}" if paths else "no picture, as nothing was measured"
+        )
+    return " and ".join(written)

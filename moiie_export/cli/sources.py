@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "cpu": ("onnxruntime",),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "transformers"),
+    "report": ("matplotlib",),
 }
 
 
