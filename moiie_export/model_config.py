@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moiie_export.prompts import PromptStyle
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Modality = Literal["vision", "language"]
 
@@ -30,6 +33,8 @@ class TextConfig:
     sliding_window: int | None
     fused_projections: bool
     """True when the checkpoint stores qkv_proj and gate_up_proj (Phi-3), False when split (LLaMA)."""
+    rotary_table: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the rotary cosines and sines; MoME was trained and run with tables rounded to bfloat16."""
 
     @property
     def head_dim(self) -> int:
@@ -116,33 +121,60 @@ class MoeConfig:
         return bool(self.gates) and self.gates["vision"] == self.gates["language"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model: decoder, tower, experts, tokens and the strings around a question."""
+    """What every family has: a decoder, tokens, and the strings around a question."""
 
     model_type: str
     text: TextConfig
-    vision: VisionConfig
     moe: MoeConfig | None
-    projector: str
-    image_aspect_ratio: Literal["pad", "square"]
     prompt: PromptStyle
     max_context: int
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]
     pad_token_id: int | None
+    last_image_token_is_language: bool = False
+    """Whether the last token of each picture is routed as text (spec moiie.md, 2.1)."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Rows one image takes in the decoder's input."""
+        raise NotImplementedError
+
+    @property
+    def reads_separate_tower(self) -> bool:
+        """Whether weights come from a vision tower with a directory of its own."""
+        return False
+
+    def with_vocab(self, rows: int) -> Self:
+        """The same model with embedding and head cut to the tokenizer's length (spec moiie.md, 5.4)."""
+        return replace(self, text=replace(self.text, vocab_size=rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoiieConfig(ModelConfig):
+    """MoIIE and its siblings: one tower, a projector, experts reached by modality."""
+
+    vision: VisionConfig
+    projector: str
+    image_aspect_ratio: Literal["pad", "square"]
     vision_tower: str
     vision_weights_in_checkpoint: bool
-    last_image_token_is_language: bool = True
 
     @property
     def projector_layers(self) -> int:
         """Linear layers of the projector, activations between them."""
         return projector_depth(self.projector)
 
-    def with_vocab(self, rows: int) -> ModelConfig:
-        """The same model with embedding and head cut to the tokenizer's length (spec 5.4)."""
-        return replace(self, text=replace(self.text, vocab_size=rows))
+    @property
+    def image_tokens(self) -> int:
+        """Rows one image takes in the decoder's input."""
+        return self.vision.image_tokens
+
+    @property
+    def reads_separate_tower(self) -> bool:
+        """True when the tower was not trained, so that its own files hold its exact weights (spec moiie.md, 4.3)."""
+        return not self.vision_weights_in_checkpoint
 
 
 def projector_depth(kind: str) -> int:

@@ -24,7 +24,8 @@ from tests.exports import BUNDLES, sources_digest
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-CASES = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+CASES = tuple(sorted(path.parent.name for path in GOLDEN.glob("*/checkpoint")))
+"""MoME's cases lie one folder deeper and have their own fixtures."""
 
 
 @dataclass(frozen=True)

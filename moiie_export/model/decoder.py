@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from moiie_export.model.layers import Attention, GatedMlp, KeyValue, RMSNorm, rotary_angles
+from moiie_export.model.layers import Adapter, Attention, GatedMlp, KeyValue, RMSNorm, rotary_angles
 from moiie_export.model.moe import MoeBlock, Routing
 from moiie_export.model_config import ModelConfig
+from moiie_export.ops.adapter_dispatch import adapter_dispatch
 
 
 @dataclass
 class DecoderOutput:
-    """logits [B, kept, V]; per layer the residual stream [N, H] behind it, the buffers, and the routing (None: dense)."""
+    """Of one call.
+
+    Attributes:
+        logits: [B, kept, V].
+        hidden: per layer the residual stream [N, H] behind it.
+        present: per layer the updated buffers.
+        routing: per layer what its expert block decided; None where the layer is dense.
+        adapted: what each layer's adapter added [B, T, H], for the layers that were given one.
+    """
 
     logits: torch.Tensor
     hidden: list[torch.Tensor]
     present: list[KeyValue]
     routing: list[Routing | None]
+    adapted: list[torch.Tensor] = field(default_factory=list)
 
 
 class DecoderLayer(nn.Module):
@@ -41,15 +52,23 @@ class DecoderLayer(nn.Module):
         angles: KeyValue,
         past: KeyValue,
         positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, KeyValue, Routing | None]:
-        """x [N, H] -> residual stream [N, H], updated buffers, routing."""
+        adapter: Adapter | None = None,
+    ) -> tuple[torch.Tensor, KeyValue, Routing | None, torch.Tensor | None]:
+        """x [N, H] -> residual stream [N, H], updated buffers, routing, what the adapter added [B, T, H]."""
         attended, present = self.self_attn(self.input_layernorm(x), angles, past, positions)
         x = x + attended
         normed = self.post_attention_layernorm(x)
+        routing, added = None, None
         if isinstance(self.mlp, MoeBlock):
             out, routing = self.mlp(normed, token_modality)
-            return x + out, present, routing
-        return x + self.mlp(normed), present, None
+        else:
+            out = self.mlp(normed)
+        if adapter is not None:
+            rows = normed.view(*positions.shape, -1)
+            rows = rows if rows.dtype == adapter.down.dtype else rows.to(adapter.down.dtype)
+            added = adapter_dispatch(rows, *adapter)
+            out = out + added.view(normed.shape)
+        return x + out, present, routing, added
 
 
 class Decoder(nn.Module):
@@ -61,7 +80,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.head_dim, self.rope_theta = text.head_dim, text.rope_theta
+        self.head_dim, self.rope_theta, self.rotary_table = text.head_dim, text.rope_theta, text.rotary_table
 
     def forward(
         self,
@@ -70,8 +89,12 @@ class Decoder(nn.Module):
         past_lengths: torch.Tensor,
         logits_to_keep: torch.Tensor | None,
         past_key_values: list[KeyValue],
+        adapters: Sequence[Adapter | None] | None = None,
     ) -> DecoderOutput:
         """One call over T new tokens a row.
+
+        The residual stream has the widest precision among inputs_embeds, weights and adapters: with weights in half
+        precision, float32 embeddings or adapters keep it in float32 (spec mome.md, 3).
 
         Args:
             inputs_embeds: [B, T, H] embeddings, image features already in their places.
@@ -79,20 +102,23 @@ class Decoder(nn.Module):
             past_lengths: [B] int64, keys already in the buffers.
             logits_to_keep: [B, kept] int64 positions whose logits are wanted; None: all.
             past_key_values: per layer key and value buffers [B, Hkv, S, D].
+            adapters: per layer the chosen adapters, None where it has none (spec mome.md, 1.3); None: no layer has one.
         """
         batch, tokens, width = inputs_embeds.shape
         positions = past_lengths.unsqueeze(1) + torch.arange(tokens, device=past_lengths.device)
-        angles = rotary_angles(positions, self.head_dim, self.rope_theta)
+        angles = rotary_angles(positions, self.head_dim, self.rope_theta, self.rotary_table)
         modality = None if token_modality is None else token_modality.reshape(batch * tokens)
         x = inputs_embeds.reshape(batch * tokens, width)
-        hidden, present, routings = [], [], []
-        for layer, past in zip(self.layers, past_key_values, strict=True):
-            x, buffers, routing = layer(x, modality, angles, past, positions)
+        hidden, present, routings, adapted = [], [], [], []
+        given = [None] * len(self.layers) if adapters is None else adapters
+        for layer, past, adapter in zip(self.layers, past_key_values, given, strict=True):
+            x, buffers, routing, added = layer(x, modality, angles, past, positions, adapter)
             hidden.append(x)
             present.append(buffers)
             routings.append(routing)
+            adapted += [] if added is None else [added]
         if logits_to_keep is not None:
             first = torch.arange(batch, device=x.device).unsqueeze(1) * tokens
             x = x.index_select(0, (first + logits_to_keep).reshape(-1))
         logits = self.lm_head(self.norm(x)).reshape(batch, -1, self.lm_head.out_features)
-        return DecoderOutput(logits, hidden, present, routings)
+        return DecoderOutput(logits, hidden, present, routings, adapted)

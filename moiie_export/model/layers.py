@@ -6,6 +6,8 @@ Hidden states are [N, H] everywhere but inside attention, so that every linear l
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 from torch import nn
@@ -16,8 +18,18 @@ from moiie_export.ops.cached_attention import cached_attention
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
+class Adapter(NamedTuple):
+    """Adapters of one layer, one a row or a single one for all rows (A = B or 1): down [A, b, H], up [A, H, b], biases."""
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    scale: torch.Tensor
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, then times weight."""
+    """x / rms(x) in float32, then times weight; the result has the weight's precision, whatever that of x."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,13 +38,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., H] -> [..., H]
         """Normalised x."""
+        if x.dtype != self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> KeyValue:
-    """Cosines and sines [B, T, D/2] of the rotary embedding at `positions` [B, T], in float32."""
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float, table: str = "float32") -> KeyValue:
+    """Cosines and sines [B, T, D/2] of the rotary embedding at `positions` [B, T], in float32.
+
+    With table "bfloat16" the values are rounded to it, as in models whose tables were made in that precision.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
+    if table == "bfloat16":
+        return angles.cos().to(torch.bfloat16).float(), angles.sin().to(torch.bfloat16).float()
     return angles.cos(), angles.sin()
 
 
@@ -57,6 +76,8 @@ class Attention(nn.Module):
         """x [N, H], positions [B, T] -> attention output [N, H], updated key and value buffers [B, Hkv, S, D]."""
         batch, tokens = positions.shape
         qkv = self.qkv_proj(x).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
+        if qkv.dtype != angles[0].dtype:
+            angles = (angles[0].to(qkv.dtype), angles[1].to(qkv.dtype))
         # slices, not split(): the exporter turns split into sequence ops, which few runtimes take
         query = torch.onnx.ops.rotary_embedding(qkv[:, : self.heads], *angles)
         key = torch.onnx.ops.rotary_embedding(qkv[:, self.heads : self.heads + self.kv_heads], *angles)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import nn
 
-from moiie_export.model.vlm import VlmModel
+from moiie_export.families import family_of
 from moiie_export.source import ModelSource
 from moiie_export.weights import Weight
 
 
-def empty_model(source_config: ModelSource) -> VlmModel:
+def empty_model(source: ModelSource) -> nn.Module:
     """The model without weights, on the meta device: what is traced."""
     with torch.device("meta"):
-        return VlmModel(source_config.config).eval()
+        return family_of(source.config).model(source.config).eval()
 
 
-def load_model(source: ModelSource, storage: str = "float32") -> VlmModel:
-    """The reference model in float32 with the checkpoint's weights.
+def load_model(source: ModelSource, storage: str = "float32") -> Any:
+    """The family's reference model in float32 with the checkpoint's weights.
 
     Args:
         source: the checkpoint.

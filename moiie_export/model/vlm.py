@@ -7,13 +7,13 @@ from torch import nn
 
 from moiie_export.model.decoder import Decoder
 from moiie_export.model.siglip import SiglipTower
-from moiie_export.model_config import ModelConfig
+from moiie_export.model_config import MoiieConfig
 
 
 class VisionEncoder(nn.Module):
     """Pictures to rows of the decoder's input (spec moiie.md, 1.1 to 1.3)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoiieConfig) -> None:
         super().__init__()
         self.tower = SiglipTower(config.vision)
         width = config.text.hidden_size
@@ -34,7 +34,7 @@ class VisionEncoder(nn.Module):
 class VlmModel(nn.Module):
     """MoIIE and its siblings; parameter names are the bundle's tensor names."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoiieConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_encoder = VisionEncoder(config)

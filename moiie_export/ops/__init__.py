@@ -9,11 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moiie_export.ops import cached_attention, expert_dispatch, modality_router, topk_route
+from moiie_export.ops import (
+    adapter_dispatch,
+    cached_attention,
+    deformable_sample,
+    expert_dispatch,
+    modality_router,
+    topk_route,
+)
 from moiie_export.ops.op import DOMAIN, Op
 
 OPS: Mapping[str, Op] = {
-    op.name: op for op in (cached_attention.OP, expert_dispatch.OP, modality_router.OP, topk_route.OP)
+    op.name: op
+    for op in (
+        adapter_dispatch.OP,
+        cached_attention.OP,
+        deformable_sample.OP,
+        expert_dispatch.OP,
+        modality_router.OP,
+        topk_route.OP,
+    )
 }
 """Every custom op by its ONNX name."""
 

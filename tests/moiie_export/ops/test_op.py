@@ -15,7 +15,9 @@ from moiie_export.ops import DOMAIN, OPS
 from moiie_export.ops.op import OPSET, VERSION, Op, function_text, scalar, vector
 
 EXAMPLES = {
+    "AdapterDispatch": [({}, 6)],
     "CachedAttention": [({"num_key_value_heads": 2, "local_window_size": window}, 6) for window in (0, 5)],
+    "DeformableSample": [({}, 4)],
     "ExpertDispatch": [({"experts": list(range(n))}, 3 + 2 * n) for n in (1, 2, 8)],
     "ModalityRouter": [
         ({"language_experts": [1, 2], "vision_experts": [0, 1], "num_experts": 4}, inputs) for inputs in (2, 4)
