@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,18 @@ _DTYPES = {
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLE_LIMIT = 256 << 20  # the pickle itself holds names and shapes only; the tensors lie beside it
-_SAVE_AGAIN = "load it where you trust it and save it again as safetensors: model.save_pretrained(DIR)"
+_SAVE_AGAIN = (
+    "load it where you trust it and save it again as safetensors: model.save_pretrained(DIR), or for a state dict"
+    " safetensors.torch.save_file(state, FILE)"
+)
 
 
 class BinFile:
     """A `torch.save`d state dict, with the same reading methods as `moiie_runtime.tensors.TensorFile`.
+
+    Args:
+        path: the file.
+        inside: keys under which a trainer may have put the state dict, beside its optimizer and the like.
 
     Attributes:
         path: the file.
@@ -43,12 +50,12 @@ class BinFile:
         MissingDependency: torch is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inside: Sequence[str] = ()) -> None:
         self.path = path
         _check_container(path)
         self._tensors: dict[str, torch.Tensor] = {}
         self.header: dict[str, TensorInfo] = {}
-        for name, tensor in _load(path).items():
+        for name, tensor in _load(path, inside).items():
             self.header[name] = _describe(path, name, tensor)
             self._tensors[name] = tensor.detach()
 
@@ -97,7 +104,7 @@ def _check_container(path: Path) -> None:
             )
 
 
-def _load(path: Path) -> Mapping[str, torch.Tensor]:
+def _load(path: Path, inside: Sequence[str]) -> Mapping[str, torch.Tensor]:
     try:
         import torch
     except ImportError as error:
@@ -118,6 +125,8 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         log.debug("torch.load failed on %s", path, exc_info=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MoiieError(f"{path}: a damaged torch file: {reason[:200]}", INCOMPLETE) from error
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in inside if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise MoiieError(f"{path}: expected a dict of tensors, found {type(state).__name__}", _SAVE_AGAIN)
     return state

@@ -9,6 +9,7 @@ from typing import Any
 from moiie_runtime.errors import MoiieError
 
 _REQUIRED: Any = object()
+_MOST = 10_000
 
 
 class ConfigReader:
@@ -47,6 +48,13 @@ class ConfigReader:
             raise self.error(key, "an integer" if minimum is None else f"an integer of at least {minimum}")
         return value
 
+    def count(self, key: str) -> int:
+        """An integer of at least 1 for what exists one by one, layers and experts, bounded so that they can be listed."""
+        value = self.integer(key)
+        if value > _MOST:
+            raise self.error(key, f"an integer of at most {_MOST}")
+        return value
+
     def optional_integer(self, key: str) -> int | None:
         """An integer of at least 0, or None when absent."""
         return None if self._raw.get(key) is None else self.integer(key, minimum=0)
@@ -72,6 +80,20 @@ class ConfigReader:
         if any(type(item) is not int or item < 0 for item in values):
             raise self.error(key, "a token id or a list of them")
         return tuple(values)
+
+    def section(self, key: str) -> ConfigReader:
+        """A reader of the object at `key`, whose messages name the key."""
+        value = self.get(key)
+        if not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return ConfigReader(value, f"{self._where}: {key}")
+
+    def sections(self, key: str) -> tuple[ConfigReader, ...]:
+        """Readers of the objects in the list at `key`."""
+        value = self.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+            raise self.error(key, "a list of objects")
+        return tuple(ConfigReader(item, f"{self._where}: {key}[{index}]") for index, item in enumerate(value))
 
     def only(self, key: str, implemented: Any) -> None:
         """Refuse any value of `key` but the implemented one (or none at all)."""

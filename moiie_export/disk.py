@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.strict_files import open_regular
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -54,6 +55,73 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file and force the copy to the disk.
+
+    Raises:
+        MoiieError: naming the source that cannot be read or the target that cannot be written.
+    """
+    with open_regular(source) as origin, write_errors(target):
+        with target.open("wb") as copy:
+            shutil.copyfileobj(origin, copy)
+        flush(target)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Refuse to begin writing `needed` bytes where there is no room for them.
+
+    Raises:
+        MoiieError: with both numbers.
+    """
+    with write_errors(directory):
+        usage = shutil.disk_usage(directory)
+    if usage.total and usage.free < needed:  # a file system that does not know says 0
+        raise MoiieError(
+            f"{directory}: {needed} bytes have to be written, {usage.free} are free",
+            "free some space, or choose another -o",
+        )
+
+
+@contextmanager
+def new_directory(output: Path, needed: int = 0) -> Iterator[Path]:
+    """A directory to fill that gets its name when the block ends without an error, and otherwise vanishes.
+
+    A killed process leaves it under its temporary name; the next run removes it.
+
+    Args:
+        output: the name; nothing may be there but an empty directory.
+        needed: bytes that will be written.
+
+    Raises:
+        MoiieError: something is there, another process is writing it, no room, or the system refuses.
+    """
+    output = output.absolute()  # "." has no name
+    partial = output.with_name(output.name + ".moiie-partial")
+    with write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with lock(output.with_name(output.name + ".lock"), f"{output}: another process is writing here"):
+            check_absent(output)
+            shutil.rmtree(partial, ignore_errors=True)
+            check_space(output.parent, needed)
+            partial.mkdir()
+            try:
+                yield partial
+                flush(partial)
+                if output.exists():
+                    output.rmdir()
+                partial.rename(output)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            flush(output.parent)
+
+
+def check_absent(output: Path) -> None:
+    """Refuse a name that is taken by anything but an empty directory."""
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise MoiieError(f"{output}: exists already", "choose another -o, or remove it")
 
 
 def remove_tree(directory: Path, last: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ any training the sparse model computes what the dense one does. Tensors are stre
 from __future__ import annotations
 
 import re
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,21 +19,15 @@ import numpy.typing as npt
 
 from moiie_export.checkpoint import Checkpoint
 from moiie_export.checkpoint_files import CONFIG
-from moiie_export.disk import write_json
+from moiie_export.checkpoint_writer import SHARD_BYTES, NewTensor, to_stored, write_checkpoint
+from moiie_export.disk import check_absent, copy_file, new_directory, write_json
 from moiie_export.source import BLOCK_BYTES
 from moiie_export.stages import Progress
 from moiie_export.upcycle_config import SparseShape, sparse_config, sparse_shape
 from moiie_runtime.errors import MoiieError
-from moiie_runtime.tensor_header import ITEM_SIZES
-from moiie_runtime.tensor_writer import TensorWriter
-
-SHARD_BYTES = 2_000_000_000
-"""Shards of the output hold at most this many bytes of tensors, as the authors' converter writes them."""
-INDEX = "model.safetensors.index.json"
 
 _MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 _LEFT_BEHIND = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|index\.json)|config\.json|trainer_state\.json")
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -59,17 +52,10 @@ class UpcycleResult:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NewTensor):
     """A tensor of the output; `source` is the tensor it copies, None for a gate that is drawn."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     source: str | None
-
-    @property
-    def bytes(self) -> int:
-        return ITEM_SIZES[self.dtype] * prod(self.shape)
 
 
 def upcycle(
@@ -88,23 +74,25 @@ def upcycle(
             numbers of experts do not fit; or the output exists.
     """
     options = options or Upcycling()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MoiieError(f"{output}: exists already", "choose another -o, or remove it")
+    report = progress or (lambda *_: None)
+    check_absent(output)
     if output.resolve() == checkpoint.resolve():
         raise MoiieError(f"{output}: is the checkpoint itself", "choose another -o")
     with Checkpoint.open(checkpoint) as source:
         shape = sparse_shape(source.config, str(source.path / CONFIG), options.num_experts, options.top_k)
         tensors, layers = _plan(source, shape)
-        partial = output.with_name(output.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = _write_tensors(source, tensors, partial, options, progress or (lambda *_: None))
-        write_json(partial / CONFIG, sparse_config(source.config, shape))
-        _copy_other_files(source.path, partial)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-    return UpcycleResult(output, shape, layers, sum(tensor.bytes for tensor in tensors), tuple(files))
+        total = sum(tensor.bytes for tensor in tensors)
+        with new_directory(output, total) as partial:
+            files = write_checkpoint(
+                partial,
+                tensors,
+                lambda tensor: _values(source, tensor, options.seed),
+                options.shard_bytes,
+                lambda done, total: report("upcycle", done, total),
+            )
+            _copy_other_files(source.path, partial)
+            write_json(partial / CONFIG, sparse_config(source.config, shape))
+    return UpcycleResult(output, shape, layers, total, tuple(files))
 
 
 def check_upcycled(dense: Path, sparse: Path) -> None:
@@ -176,52 +164,15 @@ def _check_layers(source: Checkpoint, shape: SparseShape, found: set[int]) -> No
         raise MoiieError(f"{source.path / CONFIG}: num_hidden_layers is {count}, but the weights have layer {extra[0]}")
 
 
-def _write_tensors(
-    source: Checkpoint, tensors: list[_Tensor], directory: Path, options: Upcycling, progress: Progress
-) -> list[str]:
-    """Write the tensors in shards, with an index when there are several; returns the file names."""
-    shards = list(_shards(tensors, options.shard_bytes))
-    total, done = sum(tensor.bytes for tensor in tensors), 0
-    weight_map: dict[str, str] = {}
-    names = []
-    for number, shard in enumerate(shards, start=1):
-        several = len(shards) > 1
-        names.append(f"model-{number:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors")
-        specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}
-        with TensorWriter(directory / names[-1], specs, {"format": "pt"}) as writer:
-            for tensor in shard:
-                for block in _values(source, tensor, options.seed):
-                    writer.write_elements(block, tensor.name)
-                    done += block.nbytes
-                    progress("upcycle", done, total)
-        weight_map |= dict.fromkeys(specs, names[-1])
-    if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return names
-
-
-def _shards(tensors: list[_Tensor], limit: int) -> Iterator[list[_Tensor]]:
-    """Consecutive tensors of at most `limit` bytes together (one tensor may exceed it), wide dtypes first in each."""
-    shard: list[_Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if shard and size + tensor.bytes > limit:
-            yield sorted(shard, key=lambda t: -ITEM_SIZES[t.dtype])
-            shard, size = [], 0
-        shard.append(tensor)
-        size += tensor.bytes
-    yield sorted(shard, key=lambda t: -ITEM_SIZES[t.dtype])
-
-
 def _values(source: Checkpoint, tensor: _Tensor, seed: int) -> Iterator[npt.NDArray[Any]]:
     """The tensor's values in its own dtype, block by block."""
     if tensor.source is None:
         rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
         deviation = float(source.config.get("initializer_range", 0.02))
-        yield _stored(rng.normal(0.0, deviation, tensor.shape).astype(np.float32), tensor.dtype)
+        yield to_stored(rng.normal(0.0, deviation, tensor.shape).astype(np.float32), tensor.dtype)
         return
     for block in _blocks(source, tensor.source):
-        yield _stored(block, tensor.dtype)
+        yield to_stored(block, tensor.dtype)
 
 
 def _blocks(source: Checkpoint, name: str) -> Iterator[npt.NDArray[np.float32]]:
@@ -231,20 +182,11 @@ def _blocks(source: Checkpoint, name: str) -> Iterator[npt.NDArray[np.float32]]:
         yield source.rows(name, start, min(shape[0], start + step))
 
 
-def _stored(block: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
-    """float32 values in the dtype they came from; exact for copies. Bfloat16 is uint16 bits, rounded to even."""
-    if dtype != "BF16":
-        return block.astype(_DTYPES[dtype], copy=False)
-    bits = block.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
-    return np.where(np.isfinite(block), rounded, bits >> 16).astype(np.uint16)
-
-
 def _copy_other_files(source: Path, target: Path) -> None:
     """Tokenizer, generation_config and the like; no weights, no training state, no directories."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not _LEFT_BEHIND.fullmatch(path.name):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
 
 
 def summary(result: UpcycleResult) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from moiie_export.checkpoint import Checkpoint
+from moiie_export.checkpoint_bin import BinFile
 from moiie_runtime.errors import MissingDependency, MoiieError
 
 torch = pytest.importorskip("torch")
@@ -191,6 +192,20 @@ def test_compressed_members_are_refused(tmp_path: Path) -> None:
             archive.writestr(name, data)
     with pytest.raises(MoiieError, match="is compressed or too large"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_trainer_s_file_is_read_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, {"model": {"w": torch.ones(2)}, "epoch": 3})
+    file = BinFile(path, ("state_dict", "model"))
+    assert list(file.header) == ["w"]
+    assert file.rows("w", 0, 2).tolist() == [1, 1]
+    file.close()
+    with pytest.raises(MoiieError, match="tensor 'model': expected a tensor, found"):
+        Checkpoint.open(tmp_path)
+    path = write_checkpoint(tmp_path, {"model": torch.ones(2)})  # a tensor of that name is a tensor
+    file = BinFile(path, ("model",))
+    assert list(file.header) == ["model"]
+    file.close()
 
 
 def test_without_torch_the_extra_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

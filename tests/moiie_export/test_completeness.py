@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moiie_export.completeness import expected_users, prove
+from moiie_export.completeness import prove
+from moiie_export.families import family_of
 from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.recipe import Recipe
 from moiie_export.source import ModelSource
@@ -198,7 +199,7 @@ def _used(source: ModelSource) -> dict[str, list[str]]:
     """Graph -> its parameters, as they should be."""
     graphs: dict[str, list[str]] = {"vision_encoder": [], "decoder_prefill": [], "decoder_decode": []}
     for parameter in source.weight_map.by_parameter():
-        for user in expected_users(parameter, source.config) & set(graphs):
+        for user in family_of(source.config).expected_users(parameter, source.config) & set(graphs):
             graphs[user].append(parameter)
     return graphs
 

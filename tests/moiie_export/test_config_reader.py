@@ -52,6 +52,7 @@ def test_missing_keys_are_named(key: str, absent: Any) -> None:
         ("hidden_size", 32.0, "an integer of at least 1"),
         ("hidden_size", True, "an integer of at least 1"),
         ("num_hidden_layers", 0, "an integer of at least 1"),
+        ("num_hidden_layers", 10**9, "an integer of at most 10000"),
         ("num_experts", 0, "an integer of at least 1"),
         ("num_experts_per_tok", -2, "an integer of at least 1"),
         ("rms_norm_eps", 0, "a positive number"),
@@ -89,6 +90,21 @@ def test_null_counts_as_absent() -> None:
     reader.one_of("empty", ("a",))
     with pytest.raises(MoiieError, match="some.json: zero: expected an integer of at least 1, found 0"):
         reader.integer("zero")
+
+
+def test_sections_name_their_key_in_every_message() -> None:
+    reader = ConfigReader({"a": {"b": {"c": "x"}}, "list": [{"n": 0}, {"n": "y"}], "empty": [], "no": 3}, "some.json")
+    with pytest.raises(MoiieError, match="some.json: a: b: c: expected an integer of at least 1, found 'x'"):
+        reader.section("a").section("b").integer("c")
+    with pytest.raises(MoiieError, match=r"some.json: list\[1\]: n: expected an integer"):
+        reader.sections("list")[1].integer("n")
+    with pytest.raises(MoiieError, match="some.json: a: gone: missing"):
+        reader.section("a").section("gone")
+    with pytest.raises(MoiieError, match="some.json: no: expected an object, found 3"):
+        reader.section("no")
+    for key in ("no", "empty", "a"):
+        with pytest.raises(MoiieError, match=f"some.json: {key}: expected a list of objects"):
+            reader.sections(key)
 
 
 JSON = st.recursive(

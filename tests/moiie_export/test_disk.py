@@ -118,3 +118,58 @@ def test_a_tree_is_removed_with_its_mark_last(tmp_path: Path, monkeypatch: pytes
     assert removed[-1] == "mark"
     assert sorted(removed) == ["a", "f", "link", "mark", "z"]
     assert not any(tmp_path.iterdir())
+
+
+def test_a_new_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with disk.new_directory(output, needed=10) as directory:
+        (directory / "file").write_text("x")
+        assert not output.exists()
+        with pytest.raises(MoiieError, match="another process is writing here"), disk.new_directory(output):
+            pass
+    assert (output / "file").read_text() == "x"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_a_new_directory_takes_the_place_of_an_empty_one_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with disk.new_directory(Path()) as directory:
+        (directory / "file").touch()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(MoiieError, match="exists already"), disk.new_directory(taken):
+            pass
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MoiieError, match="link: exists already"), disk.new_directory(tmp_path / "link"):
+        pass
+
+
+def test_an_error_leaves_nothing_of_a_new_directory(tmp_path: Path) -> None:
+    def fail() -> None:
+        with disk.new_directory(tmp_path / "out") as directory:
+            (directory / "file").touch()
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        fail()
+    with pytest.raises(MoiieError, match="bytes have to be written"), disk.new_directory(tmp_path / "out", 1 << 60):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.moiie-partial").mkdir()
+    (tmp_path / "out.moiie-partial" / "half").touch()
+    (tmp_path / "out.lock").touch()
+    with disk.new_directory(tmp_path / "out") as directory:
+        assert list(directory.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_copies_name_the_side_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("x")
+    disk.copy_file(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "x"
+    with pytest.raises(MoiieError, match="gone: no such file"):
+        disk.copy_file(tmp_path / "gone", tmp_path / "copy")
+    with pytest.raises(MoiieError, match="nowhere/copy: cannot be written"):
+        disk.copy_file(tmp_path / "source", tmp_path / "nowhere" / "copy")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moiie_export.graph.components import components
+from moiie_export.families import family_of
 from moiie_export.parity.graphs import BundleGraphs
 from moiie_export.parity.interface import load_graph
 from moiie_export.source import ModelSource
@@ -43,7 +43,7 @@ class Exported:
 def exported(golden: GoldenCase, golden_bundle: Callable[[str], Path]) -> Iterator[Exported]:
     bundle = Bundle.open(golden_bundle(golden.name))
     with ModelSource.open(golden.checkpoint) as source:
-        wanted = components(source.config, bundle.kv_cache.capacity)
+        wanted = family_of(source.config).components(source.config, bundle.kv_cache.capacity)
     prompt = Processor(bundle).from_text((golden.path / "inputs" / "prompt.txt").read_text("utf-8"), golden.images)
     with BundleGraphs(bundle, wanted, {item.name: load_graph(bundle, item) for item in wanted}) as graphs:
         yield Exported(golden, bundle, graphs, prompt)

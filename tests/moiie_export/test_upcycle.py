@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from moiie_export.checkpoint import Checkpoint
+from moiie_export.checkpoint_writer import INDEX
 from moiie_export.model.load import load_model
 from moiie_export.model.moe import MoeBlock
 from moiie_export.source import ModelSource
-from moiie_export.upcycle import INDEX, Upcycling, check_upcycled, upcycle
+from moiie_export.upcycle import Upcycling, check_upcycled, upcycle
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.tensor_header import read_header
 from moiie_runtime.tensor_writer import TensorWriter
@@ -255,4 +256,4 @@ def test_a_killed_run_leaves_no_output_and_is_repeated(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     upcycle(DENSE.checkpoint, tmp_path / "out")
     check_upcycled(DENSE.checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,122 @@
+"""The published MoME as its config.json (spec mome.md, section 7): the one place that holds these numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ADT = {"num_layers": 6, "num_heads": 8, "num_points": 4, "ffn_dim": 1024, "activation": "relu"}
+
+PUBLISHED: Mapping[str, Any] = {
+    "model_type": "mome",
+    "architectures": ["MoMEForConditionalGeneration"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rotary_table": "bfloat16",
+        "max_position_embeddings": 4096,
+    },
+    "vision_experts": [
+        {
+            "name": "clip",
+            "model_type": "blip_2_vision_model",
+            "hidden_size": 1408,
+            "num_hidden_layers": 39,
+            "num_attention_heads": 16,
+            "intermediate_size": 6144,
+            "image_size": 224,
+            "patch_size": 14,
+            "layer_norm_eps": 1e-6,
+            "final_norm": False,
+            "projector_norm_eps": 1e-5,
+            "adt": None,
+            "keep_cls": True,
+        },
+        {
+            "name": "dino",
+            "model_type": "dinov2",
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "image_size": 448,
+            "pretrained_image_size": 518,
+            "patch_size": 14,
+            "pos_interp_offset": 0.1,
+            "layer_norm_eps": 1e-6,
+            "final_norm": True,
+            "keep_cls": False,
+            "adt": _ADT,
+        },
+        {
+            "name": "pix2struct",
+            "model_type": "pix2struct_vision_model",
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "d_kv": 64,
+            "d_ff": 2048,
+            "seq_len": 4096,
+            "max_patches": 2048,
+            "patch_size": 16,
+            "layer_norm_eps": 1e-6,
+            "adt": _ADT,
+        },
+    ],
+    "move_config": {
+        "query_grid": [16, 16],
+        "router_hidden": 384,
+        "router_type": "softmax_mlp",
+        "expert_order": ["clip", "dino", "pix2struct"],
+        "prepend_clip_cls": True,
+        "reference_point_order": "yx_as_xy",
+        "num_visual_tokens": 257,
+    },
+    "mole_config": {
+        "num_experts": 4,
+        "bottleneck": 64,
+        "activation": "relu",
+        "learnable_scale": True,
+        "bias": True,
+        "router_hidden": 384,
+        "router_input": "sentence",
+        "top_k": 1,
+        "gate_scaling": "one_hot",
+        "layers": "all",
+    },
+    "sentence_encoder_config": {
+        "model_type": "bert",
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "pooling": "mean",
+        "normalize": True,
+        "max_length": 256,
+    },
+    "prompt": {"prefix": "USER: <Img>", "suffix": "</Img>", "assistant": " ASSISTANT: ", "add_bos": True},
+    "generation": {
+        "num_beams": 5,
+        "repetition_penalty": 1.5,
+        "length_penalty": 1.0,
+        "min_length": 1,
+        "max_length_including_bos": 256,
+    },
+}
+
+TRAINABLE_VALUES = 168_340_611
+"""Numbers in a published stage-2 checkpoint (spec 1.4)."""
