@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moiie_export.disk import write_bytes
+from moiie_export.families import family_of
 from moiie_export.source import ModelSource
 
 _VERBATIM = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -22,9 +23,7 @@ def text_files(source: ModelSource) -> dict[str, bytes]:
         path = source.checkpoint.path / name
         if path.is_file():
             files[name] = path.read_bytes()
-    if source.tower_path is not None and (path := source.tower_path / "preprocessor_config.json").is_file():
-        files[path.name] = path.read_bytes()
-    return files
+    return files | family_of(source.config).text_files(source)
 
 
 def copy_files(files: Mapping[str, bytes], directory: Path) -> Mapping[str, Any]:

@@ -9,30 +9,11 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
+from moiie_export.families import family_of
+from moiie_export.families.family import HOST
 from moiie_export.model_config import ModelConfig
 from moiie_export.weights import WeightMap
 from moiie_runtime.errors import MoiieError
-
-HOST = "host"
-"""Stands beside the graphs for what the runtime itself reads: the embedding table."""
-
-
-def expected_users(parameter: str, config: ModelConfig) -> frozenset[str]:
-    """Which graphs (or the host) must use a parameter of the model.
-
-    Decode tokens are language tokens, so the decode graph holds no vision gate and no expert that only vision reaches
-    (spec moiie.md, 9.1).
-    """
-    if parameter.startswith("vision_encoder."):
-        return frozenset({"vision_encoder"})
-    if parameter == "embed_tokens.weight":
-        return frozenset({HOST})
-    if parameter.endswith(".mlp.gate_vis.weight"):
-        return frozenset({"decoder_prefill"})
-    moe, pieces = config.moe, parameter.split(".")
-    if moe is not None and "experts" in pieces and int(pieces[-2]) not in moe.expert_groups["language"]:
-        return frozenset({"decoder_prefill"})
-    return frozenset({"decoder_prefill", "decoder_decode"})
 
 
 def prove(config: ModelConfig, weight_map: WeightMap, used: Mapping[str, Iterable[str]]) -> dict[str, Any]:
@@ -54,7 +35,7 @@ def prove(config: ModelConfig, weight_map: WeightMap, used: Mapping[str, Iterabl
         for name in parameters:
             users[name].add(graph)
     for name, found in users.items():
-        wanted = expected_users(name, config)
+        wanted = family_of(config).expected_users(name, config)
         if found | ({HOST} & wanted) != wanted:
             raise MoiieError(
                 f"parameter {name}: expected in {sorted(wanted)}, found in {sorted(found)}",
@@ -76,5 +57,5 @@ def _part_users(parameters: Mapping[str, tuple[int, tuple[int, ...]]], start: in
     """Users of the parameter that holds the part beginning `start` elements into its weight."""
     for name, (first, shape) in parameters.items():
         if first <= start < first + prod(shape):
-            return sorted(expected_users(name, config))
+            return sorted(family_of(config).expected_users(name, config))
     raise RuntimeError("a part lies outside its weight")

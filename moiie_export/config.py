@@ -14,19 +14,23 @@ from moiie_export.model_config import (
     Modality,
     ModelConfig,
     MoeConfig,
+    MoiieConfig,
     TextConfig,
     VisionConfig,
     projector_depth,
 )
+from moiie_export.mome_parser import parse_mome
 from moiie_export.prompts import LLAMA3, PHI3, PromptStyle
+from moiie_export.text_parser import parse_text
 from moiie_runtime.errors import MoiieError
 
 
 @dataclass(frozen=True)
-class _Family:
-    backbone: Callable[[ConfigReader], TextConfig]
-    experts: Callable[[ConfigReader, tuple[int, ...]], MoeConfig] | None
-    prompt: PromptStyle
+class _ModelType:
+    """How a model type's config.json is read; `separate_tower`: it names a vision tower with its own directory."""
+
+    parse: Callable[[ConfigReader, Mapping[str, Any] | None], ModelConfig]
+    separate_tower: bool
 
 
 def parse_config(raw: Mapping[str, Any], tower: Mapping[str, Any] | None, where: str = "config.json") -> ModelConfig:
@@ -35,87 +39,81 @@ def parse_config(raw: Mapping[str, Any], tower: Mapping[str, Any] | None, where:
     Args:
         raw: the parsed config.json.
         tower: the parsed config.json of the SigLIP directory; None when none was found, which is enough only for
-            the published tower with its weights in the checkpoint (spec 4.3).
+            the published tower with its weights in the checkpoint (spec moiie.md, 4.3), or when there is none.
         where: the file's name for error messages.
 
     Raises:
         MoiieError: an unknown model type, a missing or ill-typed key, or a value that is not implemented.
     """
     reader = ConfigReader(raw, where)
-    model_type = reader.text("model_type")
-    family = _FAMILIES.get(model_type)
-    if family is None:
-        known = ", ".join(sorted(_FAMILIES))
-        raise MoiieError(f"{where}: model_type: {model_type!r} is not a model we know", f"known model types: {known}")
-    _refuse_unimplemented(reader)
-    text = family.backbone(reader)
-    layers = _moe_layers(reader, text.num_hidden_layers)
-    moe = family.experts(reader, layers) if family.experts and layers else None
-    vision = _vision(reader, tower)
-    eos = reader.int_list("eos_token_id")
-    return ModelConfig(
-        model_type=model_type,
-        text=text,
-        vision=vision,
-        moe=moe,
-        projector=_projector(reader, vision, text.hidden_size),
-        image_aspect_ratio="pad" if reader.text("image_aspect_ratio", "square") == "pad" else "square",
-        prompt=family.prompt,
-        max_context=min(reader.integer("tokenizer_model_max_length", 4096), text.max_position_embeddings),
-        bos_token_id=reader.optional_integer("bos_token_id"),
-        eos_token_id=eos,
-        pad_token_id=reader.optional_integer("pad_token_id"),
-        vision_tower=reader.text("mm_vision_tower"),
-        vision_weights_in_checkpoint=reader.boolean("unfreeze_vision_tower", False),
-        last_image_token_is_language=reader.boolean("last_image_token_is_language", True),
-    )
+    return _model_type(reader, where).parse(reader, tower)
+
+
+def has_separate_tower(raw: Mapping[str, Any], where: str = "config.json") -> bool:
+    """Whether a config.json names a vision tower with a directory of its own.
+
+    Raises:
+        MoiieError: an unknown model type.
+    """
+    return _model_type(ConfigReader(raw, where), where).separate_tower
+
+
+def _model_type(reader: ConfigReader, where: str) -> _ModelType:
+    name = reader.text("model_type")
+    found = _MODEL_TYPES.get(name)
+    if found is None:
+        known = ", ".join(sorted(_MODEL_TYPES))
+        raise MoiieError(f"{where}: model_type: {name!r} is not a model we know", f"known model types: {known}")
+    return found
+
+
+_Experts = Callable[[ConfigReader, tuple[int, ...]], MoeConfig]
+
+
+def _bunny(backbone: Callable[[ConfigReader], TextConfig], experts: _Experts | None, prompt: PromptStyle) -> _ModelType:
+    """MoIIE and its siblings: a backbone, an arrangement of experts, a conversation template."""
+
+    def parse(reader: ConfigReader, tower: Mapping[str, Any] | None) -> MoiieConfig:
+        _refuse_unimplemented(reader)
+        text = backbone(reader)
+        layers = _moe_layers(reader, text.num_hidden_layers)
+        moe = experts(reader, layers) if experts and layers else None
+        vision = _vision(reader, tower)
+        eos = reader.int_list("eos_token_id")
+        return MoiieConfig(
+            model_type=reader.text("model_type"),
+            text=text,
+            vision=vision,
+            moe=moe,
+            projector=_projector(reader, vision, text.hidden_size),
+            image_aspect_ratio="pad" if reader.text("image_aspect_ratio", "square") == "pad" else "square",
+            prompt=prompt,
+            max_context=min(reader.integer("tokenizer_model_max_length", 4096), text.max_position_embeddings),
+            bos_token_id=reader.optional_integer("bos_token_id"),
+            eos_token_id=eos,
+            pad_token_id=reader.optional_integer("pad_token_id"),
+            vision_tower=reader.text("mm_vision_tower"),
+            vision_weights_in_checkpoint=reader.boolean("unfreeze_vision_tower", False),
+            last_image_token_is_language=reader.boolean("last_image_token_is_language", True),
+        )
+
+    return _ModelType(parse, separate_tower=True)
 
 
 def _refuse_unimplemented(reader: ConfigReader) -> None:
-    reader.only("rope_scaling", None)
-    reader.only("rope_parameters", None)
-    reader.only("hidden_act", "silu")
-    reader.only("attention_bias", False)
-    reader.only("mlp_bias", False)
-    reader.only("pretraining_tp", 1)
-    reader.only("tie_word_embeddings", False)
-    reader.only("partial_rotary_factor", 1.0)
     reader.only("mm_use_im_start_end", False)
     reader.only("mm_use_im_patch_token", False)
     reader.only("mm_vision_tower_aux", None)
-    reader.only("quantization_config", None)
     reader.only("mm_patch_merge_type", "flat")
     reader.one_of("image_aspect_ratio", ("pad", "square"))
 
 
-def _text(reader: ConfigReader, *, fused: bool, window: bool) -> TextConfig:
-    heads = reader.integer("num_attention_heads")
-    text = TextConfig(
-        hidden_size=reader.integer("hidden_size"),
-        intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=reader.integer("num_key_value_heads", heads),
-        vocab_size=reader.integer("vocab_size"),
-        rms_norm_eps=reader.number("rms_norm_eps"),
-        rope_theta=reader.number("rope_theta", 10000.0),
-        max_position_embeddings=reader.integer("max_position_embeddings"),
-        sliding_window=reader.optional_integer("sliding_window") if window else None,
-        fused_projections=fused,
-    )
-    reader.divides("num_attention_heads", heads, "hidden_size", text.hidden_size)
-    reader.divides("num_key_value_heads", text.num_key_value_heads, "num_attention_heads", heads)
-    reader.divides("2", 2, "hidden_size / num_attention_heads", text.head_dim)
-    reader.only("head_dim", text.head_dim)
-    return text
-
-
 def _phi3(reader: ConfigReader) -> TextConfig:
-    return _text(reader, fused=True, window=True)
+    return parse_text(reader, fused=True, window=True)
 
 
 def _llama(reader: ConfigReader) -> TextConfig:
-    return _text(reader, fused=False, window=False)
+    return parse_text(reader, fused=False, window=False)
 
 
 def _moe_layers(reader: ConfigReader, count: int) -> tuple[int, ...]:
@@ -272,14 +270,15 @@ def _projector(reader: ConfigReader, vision: VisionConfig, hidden_size: int) -> 
     return kind
 
 
-_FAMILIES: Mapping[str, _Family] = {
-    "bunny-phi3": _Family(_phi3, None, PHI3),
-    "bunny-phi3-moe": _Family(_phi3, _vanilla, PHI3),
-    "bunny-phi3-m": _Family(_phi3, _modality_hard, PHI3),
-    "bunny-mm-phi3-moe": _Family(_phi3, _modality_routed, PHI3),
-    "bunny-mm-phi3-moe-s": _Family(_phi3, _moiie, PHI3),
-    "bunny-llama": _Family(_llama, None, LLAMA3),
-    "bunny-llama3-moe": _Family(_llama, _vanilla, LLAMA3),
-    "bunny-llama-m": _Family(_llama, _modality_hard, LLAMA3),
-    "bunny-mm-llama3-moe-s": _Family(_llama, _moiie, LLAMA3),
+_MODEL_TYPES: Mapping[str, _ModelType] = {
+    "bunny-phi3": _bunny(_phi3, None, PHI3),
+    "bunny-phi3-moe": _bunny(_phi3, _vanilla, PHI3),
+    "bunny-phi3-m": _bunny(_phi3, _modality_hard, PHI3),
+    "bunny-mm-phi3-moe": _bunny(_phi3, _modality_routed, PHI3),
+    "bunny-mm-phi3-moe-s": _bunny(_phi3, _moiie, PHI3),
+    "bunny-llama": _bunny(_llama, None, LLAMA3),
+    "bunny-llama3-moe": _bunny(_llama, _vanilla, LLAMA3),
+    "bunny-llama-m": _bunny(_llama, _modality_hard, LLAMA3),
+    "bunny-mm-llama3-moe-s": _bunny(_llama, _moiie, LLAMA3),
+    "mome": _ModelType(lambda reader, _: parse_mome(reader), separate_tower=False),
 }

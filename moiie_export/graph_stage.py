@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moiie_export.families import family_of
 from moiie_export.source import ModelSource
 from moiie_export.weights_stage import WEIGHTS_FILE
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 GRAPH_CODE = 4
 """Raised whenever tracing or passes would write another graph for the same model."""
-
-GRAPHS = ("vision_encoder", "decoder_prefill", "decoder_decode")
 
 
 def write_graph(name: str, source: ModelSource, capacity: int, directory: Path) -> Mapping[str, Any]:
@@ -36,12 +35,11 @@ def write_graph(name: str, source: ModelSource, capacity: int, directory: Path) 
         import torch  # noqa: F401 - named here so that its absence is told apart from a defect
     except ImportError as error:
         raise MissingDependency(f"export needs {error.name}", "pip install 'moiie-export[export]'") from error
-    from moiie_export.graph.components import components
     from moiie_export.graph.passes import PORTABLE, PassContext
     from moiie_export.graph.trace import trace
     from moiie_export.model.load import empty_model
 
-    component = next(item for item in components(source.config, capacity) if item.name == name)
+    component = next(item for item in family_of(source.config).components(source.config, capacity) if item.name == name)
     header = read_header(directory / WEIGHTS_FILE)
     context = PassContext(component, source.weight_map, header, Path(WEIGHTS_FILE).name)
     model = trace(component, empty_model(source))

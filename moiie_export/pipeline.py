@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 from moiie_export import __version__
 from moiie_export.bundle_files import copy_files, text_files
 from moiie_export.bundle_manifest import describe_model
+from moiie_export.calibration_stage import CALIBRATION_CODE, calibrate, check_calibration
 from moiie_export.completeness import prove
-from moiie_export.graph_stage import GRAPH_CODE, GRAPHS, write_graph
+from moiie_export.families import family_of
+from moiie_export.graph_stage import GRAPH_CODE, write_graph
 from moiie_export.recipe import Recipe
 from moiie_export.source import ModelSource
 from moiie_export.stages import Progress, Stage, StagePlan, StageRecord, Workspace, fingerprint
 from moiie_export.weights_stage import WEIGHTS_CODE, WEIGHTS_FILE, planned_bytes, write_weights
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.strict_files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def _stages(request: ExportRequest, source: ModelSource) -> list[Stage]:
     weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), dtype)
     graphs = fingerprint(GRAPH_CODE, repr(source.config), dtype, capacity)
     texts = text_files(source)
+    described, pictures = describe_model(source, request.recipe, capacity), request.recipe.calibration.images
+    check_calibration(described, pictures)
 
     def graph_stage(name: str) -> Callable[[Path, Progress], Mapping[str, Any]]:
         return lambda directory, _: write_graph(name, source, capacity, directory)
@@ -119,9 +124,36 @@ def _stages(request: ExportRequest, source: ModelSource) -> list[Stage]:
             (WEIGHTS_FILE,),
             lambda directory, progress: write_weights(source, dtype, directory / WEIGHTS_FILE, progress),
         ),
-        *(Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name)) for name in GRAPHS),
+        *(
+            Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name))
+            for name in family_of(source.config).graphs(source.config)
+        ),
+        *_calibration(described, pictures, fingerprint(weights, graphs)),
         Stage("files", fingerprint(texts), tuple(texts), lambda directory, _: copy_files(texts, directory)),
     ]
+
+
+def _calibration(described: Mapping[str, Any], pictures: Sequence[Path], before: str) -> list[Stage]:
+    if not pictures:
+        return []
+    inputs = [sha256_file(path) for path in pictures]
+    return [
+        Stage(
+            "calibration",
+            fingerprint(CALIBRATION_CODE, before, inputs),
+            (),
+            lambda directory, progress: calibrate(described, pictures, directory, progress),
+        )
+    ]
+
+
+def _calibrated(described: Mapping[str, Any], records: Mapping[str, StageRecord]) -> dict[str, Any]:
+    """The description with what was measured written beside the vision experts."""
+    if "calibration" not in records:
+        return dict(described)
+    sizes = records["calibration"].notes["mean_abs_feature"]
+    experts = [{**expert, "mean_abs_feature": sizes[expert["name"]]} for expert in described["vision_experts"]]
+    return {**described, "vision_experts": experts}
 
 
 def _files(records: Mapping[str, StageRecord]) -> dict[str, Any]:
@@ -136,7 +168,7 @@ def _manifest(described: Mapping[str, Any], source: ModelSource, records: Mappin
         phases[name]: {"weights": notes["weights"], "bytes": notes["weight_bytes"]} for name, notes in graphs.items()
     }
     return {
-        **described,
+        **_calibrated(described, records),
         "created_by": {"tool": "moiie-export", "version": __version__},
         "source": {"checkpoint": source.checkpoint.path.resolve().name, "files": source.hashes},
         "components": {

@@ -1,4 +1,4 @@
-"""The strings around a question, exactly as the authors' conversation templates give them (spec moiie.md, 5.2)."""
+"""The strings around a question, exactly as the authors' conversation templates give them (spec moiie.md, 5.2; mome.md, 3)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ class PromptStyle:
 
     Attributes:
         system: the text in front of everything.
-        template: Jinja text of the whole prompt; gets `system`, `messages` (role, content) and `add_generation_prompt`.
+        template: Jinja text of the whole prompt; gets `system`, `messages` (role, content),
+            `add_generation_prompt`, `image_marker` and `separator`.
         stop_string: what ends an answer; also the token that stops generation where `stop_is_forced`.
         stop_is_forced: the authors' loader overrides the configured end token by `stop_string` (LLaMA, spec 5.4).
+        separator: what the template puts where the text is cut into pieces that are tokenised apart, beside pictures.
     """
 
     system: str
     template: str
     stop_string: str
     stop_is_forced: bool = False
+    separator: str | None = None
 
 
 def _template(separator: str, stop: str) -> str:
@@ -42,3 +45,16 @@ def _template(separator: str, stop: str) -> str:
 
 PHI3 = PromptStyle(_SYSTEM, _template(" ", "<|endoftext|>"), "<|endoftext|>")
 LLAMA3 = PromptStyle(_SYSTEM, _template("", "<|end_of_text|>"), "<|end_of_text|>", stop_is_forced=True)
+_PIECE = "\N{INFORMATION SEPARATOR TWO}"
+
+MOME = PromptStyle(
+    "",
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'USER: ' ~ ('<Img>' ~ image_marker ~ '</Img>') * message['content'].count(image_marker) ~ separator }}"
+    "{{ message['content'] | replace(image_marker ~ '\n', '') | replace(image_marker, '') }} ASSISTANT: "
+    "{% else %}{{ separator ~ message['content'] ~ '</s>' ~ separator }}{% endif %}{% endfor %}",
+    "</s>",
+    separator=_PIECE,
+)
+"""Not Vicuna's own template. Pictures stand in front of the question; the space at the end is a token (spec mome.md, 3).
+Several turns and several pictures are ours: the authors trained with one of each."""

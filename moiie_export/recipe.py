@@ -51,9 +51,10 @@ class ExportSection:
 
 @dataclass(frozen=True)
 class GenerationSection:
-    """Defaults of `moiie run`; its options override them."""
+    """Defaults of `moiie run`; its options override them. null: what the checkpoint says, else plain greedy decoding."""
 
-    max_new_tokens: int = key("Most tokens in an answer.", 256, limits=_AT_LEAST_ONE)
+    max_new_tokens: int | None = key("Most tokens in an answer.", None, limits=_AT_LEAST_ONE)
+    num_beams: int | None = key("Beams of beam search; 1: none.", None, limits=_AT_LEAST_ONE)
     do_sample: bool = key("false: always the most probable token (greedy).", False)
     temperature: float = key("Divides the logits before sampling.", 1.0, limits=Limits(above=0))
     top_k: int = key("Sample among the k most probable tokens; 0: all.", 0, limits=Limits(minimum=0, maximum=_MAX_INT))
@@ -62,9 +63,10 @@ class GenerationSection:
         1.0,
         limits=Limits(above=0, maximum=1),
     )
-    repetition_penalty: float = key(
-        "Above 1 makes tokens that were used already less probable.", 1.0, limits=Limits(above=0)
+    repetition_penalty: float | None = key(
+        "Above 1 makes tokens that were used already less probable.", None, limits=Limits(above=0)
     )
+    length_penalty: float | None = key("With beams: above 0 favours long answers, below 0 short ones.", None)
     seed: int = key("Seed of the sampler.", 0, limits=Limits(minimum=0, maximum=_MAX_INT))
 
 
@@ -108,6 +110,17 @@ class ParitySection:
 
 
 @dataclass(frozen=True)
+class CalibrationSection:
+    """Pictures of the kind that the model will see, for what export measures."""
+
+    images: tuple[Path, ...] = key(
+        "Pictures, relative to the recipe file. With several vision experts, the size of their features is measured, "
+        "which the runtime's skip_below needs.",
+        (),
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A checked recipe. `path` is the file it came from."""
 
@@ -117,6 +130,7 @@ class Recipe:
     extends: str | None = key("Parent: a shipped recipe's name, or a path relative to this file.", None)
     model: ModelSection = key("Which checkpoint.", factory=ModelSection)
     export: ExportSection = key("What the bundle holds.", factory=ExportSection)
+    calibration: CalibrationSection = key("Pictures to measure on.", factory=CalibrationSection)
     generation: GenerationSection = key("Defaults of `moiie run`.", factory=GenerationSection)
     parity: ParitySection = key("What `moiie parity` compares and tolerates.", factory=ParitySection)
     path: Path | None = None

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 
 from moiie_export.checkpoint import Checkpoint, check_finite
 from moiie_export.checkpoint_files import CONFIG, CONFIG_LIMIT
-from moiie_export.config import PUBLISHED_TOWER, parse_config
+from moiie_export.config import PUBLISHED_TOWER, has_separate_tower, parse_config
 from moiie_export.config_reader import ConfigReader
+from moiie_export.families import family_of
 from moiie_export.model_config import ModelConfig
 from moiie_export.tokenizer_files import load_tokenizer
-from moiie_export.weight_map import CHECKPOINT, TOWER, build_weight_map
-from moiie_export.weights import Part, Weight, WeightMap, check_tensors
+from moiie_export.weights import CHECKPOINT, TOWER, Part, Weight, WeightMap, check_tensors
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import read_json_object
 
@@ -67,13 +67,16 @@ class ModelSource:
         checkpoint = Checkpoint.open(directory)
         tower: Checkpoint | None = None
         try:
-            tower_path, tower_config = _find_tower(checkpoint, vision_tower)
-            config = parse_config(checkpoint.config, tower_config, str(checkpoint.path / CONFIG))
+            where = str(checkpoint.path / CONFIG)
+            separate = has_separate_tower(checkpoint.config, where)
+            tower_path, tower_config = _find_tower(checkpoint, vision_tower) if separate else _no_tower(vision_tower)
+            config = parse_config(checkpoint.config, tower_config, where)
+            rows = config.text.vocab_size
             tokenizer = load_tokenizer(checkpoint.path)
             config = _with_tokenizer(config, tokenizer, checkpoint.path)
-            if not config.vision_weights_in_checkpoint and tower_path is not None:
+            if config.reads_separate_tower and tower_path is not None:
                 tower = Checkpoint.open(tower_path)
-            weight_map = _checked_map(config, checkpoint, tower)
+            weight_map = _checked_map(config, rows, checkpoint, tower)
         except BaseException:
             checkpoint.close()
             if tower is not None:
@@ -161,6 +164,15 @@ def _find_tower(checkpoint: Checkpoint, override: Path | None) -> tuple[Path | N
     )
 
 
+def _no_tower(override: Path | None) -> tuple[None, None]:
+    """For models whose checkpoint holds everything."""
+    if override is not None:
+        raise MoiieError(
+            f"--vision-tower {override}: this model's vision encoders are in its checkpoint", "leave the option out"
+        )
+    return None, None
+
+
 def _with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, directory: Path) -> ModelConfig:
     """Cut the vocabulary to the tokenizer's length and settle the end tokens (spec 5.4)."""
     entries = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -197,10 +209,10 @@ def _end_tokens(config: ModelConfig, directory: Path, entries: int) -> tuple[int
     return ids
 
 
-def _checked_map(config: ModelConfig, checkpoint: Checkpoint, tower: Checkpoint | None) -> WeightMap:
+def _checked_map(config: ModelConfig, rows: int, checkpoint: Checkpoint, tower: Checkpoint | None) -> WeightMap:
     opened = {CHECKPOINT: checkpoint} | ({} if tower is None else {TOWER: tower})
-    rows = checkpoint.config["vocab_size"]
-    weight_map = build_weight_map(config, rows, {source: files.tensors for source, files in opened.items()})
+    names = {source: files.tensors for source, files in opened.items()}
+    weight_map = family_of(config).weight_map(config, rows, names)
     shapes = {source: {name: entry.shape for name, entry in files.tensors.items()} for source, files in opened.items()}
     check_tensors(weight_map, shapes, {source: str(files.path) for source, files in opened.items()})
     return weight_map

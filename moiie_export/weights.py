@@ -15,6 +15,9 @@ from moiie_runtime.errors import MoiieError
 
 Shape = tuple[int, ...]
 
+CHECKPOINT, TOWER = "checkpoint", "vision_tower"
+"""Where tensors come from: the checkpoint itself, or a vision tower with a directory of its own."""
+
 
 @dataclass(frozen=True)
 class Part:

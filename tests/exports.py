@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from moiie_export.convert import convert
 from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.recipe import Recipe, load_recipe
+from tests.mome_layout import minilm, write_layout
 from tests.synthetic import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +37,7 @@ def sources_digest() -> str:
     """Hex digest of everything that decides what an export of a given checkpoint writes."""
     digest = hashlib.sha256()
     sources = [*(ROOT / "moiie_export").rglob("*.py"), *(ROOT / "runtime").glob("tensor*.py")]
-    sources = [path for path in sources if not {"cli", "parity"} & set(path.relative_to(ROOT).parts)]
+    sources = [path for path in sources if not {"cli", "parity", "report", "demo"} & set(path.relative_to(ROOT).parts)]
     for path in sorted([*sources, *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "tests").glob("synthetic*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -56,6 +59,22 @@ def exported(settings: Mapping[str, Any], storage: Storage = "float32", max_cont
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.bundle.is_dir():
             write_checkpoint(result.checkpoint, **settings)
+            export_bundle(ExportRequest(result.checkpoint, result.bundle, result.recipe))
+    return result
+
+
+def exported_mome(max_context: int = 512) -> Exported:
+    """The golden end-to-end MoME with the real sentence encoder, converted and exported."""
+    folder = BUNDLES / sources_digest() / f"mome-{max_context}"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = Exported(folder / "official" / "out", folder / "bundle", small_recipe(max_context=max_context))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.bundle.is_dir():
+            shutil.rmtree(folder / "official", ignore_errors=True)
+            layout = write_layout(folder / "official")
+            layout.sizes({})
+            convert(replace(layout.originals, sentence=minilm()), result.checkpoint, layout.path / "mome.json")
             export_bundle(ExportRequest(result.checkpoint, result.bundle, result.recipe))
     return result
 

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from moiie_export.graph.components import Component, Tensor
 from moiie_export.graph.translation import translation_table
-from moiie_export.model.vlm import VlmModel
 from moiie_export.ops.op import OPSET
 
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.int32: ir.DataType.INT32, torch.int64: ir.DataType.INT64}
 
 
-def trace(component: Component, model: VlmModel) -> ir.Model:
+def trace(component: Component, model: nn.Module) -> ir.Model:
     """Trace one component.
 
     Args:
