@@ -72,17 +72,15 @@ def lay_out(text: str, source: ModelSource) -> Layout:
     """The decoder's positions for a complete prompt string with image markers."""
     config = source.config
     ids: list[int] = []
-    for index, chunk in enumerate(text.split(IMAGE_MARKER)):
-        found = list(source.tokenizer.encode(chunk).ids)
-        if index:
-            starts_again = found[:1] == ids[:1] == [config.bos_token_id]
-            ids.append(IMAGE_PLACEHOLDER)
+    for index, piece in enumerate(text.split(IMAGE_MARKER)):
+        ids += [IMAGE_PLACEHOLDER] if index else []
+        for chunk in piece.split(config.prompt.separator) if config.prompt.separator else [piece]:
+            found = list(source.tokenizer.encode(chunk).ids)
+            starts_again = bool(ids) and found[:1] == ids[:1] == [config.bos_token_id]
             ids += found[1:] if starts_again else found
-        else:
-            ids = found
     types: list[bool] = []
     for token in ids:
-        types += [True] * config.vision.image_tokens if token == IMAGE_PLACEHOLDER else [False]
+        types += [True] * config.image_tokens if token == IMAGE_PLACEHOLDER else [False]
     return Layout(np.array(ids, np.int64), np.array(types, bool), _modality(types, config))
 
 
@@ -95,25 +93,24 @@ def _modality(types: list[bool], config: ModelConfig) -> Array:
 
 
 def check_prompt(question: Question, prompt: Prompt, layout: Layout, config: ModelConfig) -> list[Check]:
-    """The bundle's prompt against the checkpoint's layout: token ids, pixel shape, modality of every position."""
+    """The bundle's prompt against the checkpoint's layout: token ids, number of pictures, modality of every position."""
     place: dict[str, Any] = {"case": question.name}
     ids = (
         []
         if np.array_equal(prompt.input_ids, layout.ids)
         else [_first_difference(prompt.input_ids, layout.ids, "token id")]
     )
-    side = config.vision.input_size
-    expected = (len(question.images), 3, side, side) if question.images else None
-    shape = None if prompt.pixel_values is None else prompt.pixel_values.shape
-    pixels = [] if shape == expected else [f"pixel_values {shape}, expected {expected}"]
-    if prompt.pixel_values is not None and not np.isfinite(prompt.pixel_values).all():
-        pixels.append("pixel_values hold NaN or infinity")
+    pictures = (
+        []
+        if len(prompt.pictures) == len(question.images)
+        else [f"{len(prompt.pictures)} pictures, expected {len(question.images)}"]
+    )
     wrong = not np.array_equal(prompt.token_modality, layout.modality)
     lines = [_first_difference(prompt.token_modality, layout.modality, "modality")] if wrong else []
     layer = config.moe.layers[0] if wrong and config.moe else None
     where = "" if layer is None else f"layer {layer}"
     return [
-        tell("prompt", [*ids, *pixels], **place),
+        tell("prompt", [*ids, *pictures], **place),
         tell("modality", lines, where=where, layer=layer, **place),
     ]
 

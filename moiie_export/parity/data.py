@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from moiie_export.model_config import ModelConfig
 from moiie_export.parity.cases import Question
 from moiie_export.parity.decoder_stage import CaseRun
 from moiie_export.parity.measure import LayerMeasure, Measure
-from moiie_export.parity.metrics import MARGIN_EDGES
+from moiie_export.parity.metrics import MARGIN_EDGES, Array
 from moiie_export.parity.report import Check, left_out
 from moiie_export.parity.text import Answers
 from moiie_export.recipe import Bounds
@@ -19,6 +21,17 @@ from moiie_runtime.prompt import Prompt
 def report_data(bounds: Bounds, steps: int) -> dict[str, Any]:
     """What is the same for all cases."""
     return {"bounds": asdict(bounds), "decode_steps": steps, "margin_edges": list(MARGIN_EDGES), "cases": []}
+
+
+def model_data(config: ModelConfig) -> dict[str, Any]:
+    """The checkpoint's decoder: its layers, and which experts a token of each modality may go to."""
+    moe = config.moe
+    experts = None
+    if moe is not None:
+        groups = {str(modality): list(ids) for modality, ids in moe.expert_groups.items()}
+        sizes = {"num_experts": moe.num_experts, "top_k": moe.top_k, "layers": list(moe.layers)}
+        experts = {**sizes, "expert_groups": groups, "routed": bool(moe.gates)}
+    return {"model_type": config.model_type, "num_hidden_layers": config.text.num_hidden_layers, "moe": experts}
 
 
 def case_data(question: Question, prompt: Prompt, run: CaseRun, answers: Answers) -> dict[str, Any]:
@@ -31,6 +44,7 @@ def case_data(question: Question, prompt: Prompt, run: CaseRun, answers: Answers
         "images": len(question.images),
         "positions": prompt.length,
         "image_tokens": prompt.image_tokens,
+        "vision_spans": _spans(run.inputs.is_vision),
         **phases,
         "text": answers.to_dict(),
     }
@@ -55,6 +69,12 @@ def coverage(config: ModelConfig, runs: list[CaseRun]) -> list[Check]:
                 reason = f"no {modality} token of any case chose expert {names}; stored weights are compared below"
                 entries.append(left_out("expert values", reason, where=f"layer {layer} {modality}", layer=layer))
     return entries
+
+
+def _spans(chosen: Array) -> list[list[int]]:
+    """[start, stop) of every run of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen.astype(np.int8), [0]])))
+    return [[int(start), int(stop)] for start, stop in edges.reshape(-1, 2)]
 
 
 def _phase(measured: Measure) -> dict[str, Any]:

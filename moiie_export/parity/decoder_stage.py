@@ -17,6 +17,7 @@ from moiie_export.parity.reference import Inputs, Reference, ReferenceRun
 from moiie_export.parity.report import Check
 from moiie_export.parity.trace import Trace
 from moiie_export.recipe import Bounds
+from moiie_runtime.adapters import Adapters
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.kv_cache import KVCache
 
@@ -63,13 +64,14 @@ class DecoderStage:
         self._bundle, self._graphs, self._reference, self._bounds = bundle, graphs, reference, bounds
         self._steps = steps
         self._experts = 0 if bundle.model.moe is None else bundle.model.moe.num_experts
+        self._adapters = None if bundle.adapters is None else Adapters(bundle, bundle.adapters)
 
-    def case(self, name: str, embeds: Array, modality: Array, advance: Callable[[], None]) -> CaseRun:
+    def case(self, name: str, inputs: Inputs, advance: Callable[[], None]) -> CaseRun:
         """One prompt: prefill, then greedy steps of the reference, each fed to both sides on the reference's cache."""
-        length = len(embeds)
-        cache = KVCache(self._bundle, 1)
-        inputs = Inputs(embeds, modality, 0, _spread(length))
-        actual = self._graphs.prefill(embeds[None], modality[None], inputs.kept[None], cache).row(0, length)
+        length = len(inputs.embeds)
+        cache = self._cache([inputs])
+        modality = np.asarray(inputs.modality)
+        actual = self._graphs.prefill(inputs.embeds[None], modality[None], inputs.kept[None], cache).row(0, length)
         past = self._reference.model.new_cache(1, length + self._steps)
         prefill = self._reference.run(inputs, past, _choices(actual))
         measures = {"prefill": self._measure(actual, prefill, inputs)}
@@ -81,7 +83,7 @@ class DecoderStage:
             cache.lengths[:] = length + step
             row = self._reference.embed(np.array([tokens[-1]]))
             actual = self._graphs.decode(row[None], cache).row(0, 1)
-            at = Inputs(row, None, length + step, np.zeros(1, np.int64))
+            at = Inputs(row, None, length + step, np.zeros(1, np.int64), inputs.adapters)
             run = self._reference.run(at, runs[-1].present, _choices(actual))
             steps.append(self._measure(actual, run, at))
             _teach(cache, 0, run.trace, (at.start, at.stop))
@@ -103,12 +105,12 @@ class DecoderStage:
         for row, run in enumerate(runs):
             embeds[row, : lengths[row]] = run.inputs.embeds
             modality[row, : lengths[row]] = run.inputs.is_vision
-        cache = KVCache(self._bundle, len(runs))
+        cache = self._cache([run.inputs for run in runs])
         trace = self._graphs.prefill(embeds, modality, np.array(lengths)[:, None] - 1, cache)
         checks, alone = [], []
         for row, run in enumerate(runs):
             actual = trace.row(row, lengths[row])
-            last = Inputs(run.inputs.embeds, run.inputs.modality, 0, np.array([lengths[row] - 1]))
+            last = replace(run.inputs, kept=np.array([lengths[row] - 1]))
             alone.append(self._alone(run.prefill, last, actual))
             place: dict[str, Any] = {"case": f"{name}, row {row}", "phase": "prefill"}
             checks += self._judge(self._measure(actual, alone[row], last), **place)
@@ -118,7 +120,7 @@ class DecoderStage:
         trace = self._graphs.decode(step, cache)
         for row, run in enumerate(runs):
             actual = trace.row(row, 1)
-            at = Inputs(step[row], None, lengths[row], np.zeros(1, np.int64))
+            at = Inputs(step[row], None, lengths[row], np.zeros(1, np.int64), run.inputs.adapters)
             expected, guide = run.first_step, _choices(actual)
             if alone[row].present is not run.prefill.present or not expected.serves(guide):
                 expected = self._reference.run(at, alone[row].present, guide)
@@ -142,25 +144,38 @@ class DecoderStage:
                 made = random.standard_normal((buffer.shape[1], start, buffer.shape[3]), np.float32)
                 buffer[0, :, :start] = torch.from_numpy(made)
             value[0, :, edge : edge + CHUNK + 4] *= 100
-        cache = KVCache(self._bundle, 1)
+        ids = random.integers(0, self._bundle.model.vocab_size, CHUNK + 1)
+        embeds = self._reference.embed(ids)
+        modality = np.arange(CHUNK, dtype=np.int32) % 2
+        inputs = Inputs(embeds[:-1], modality, start, np.arange(CHUNK), self._some_adapters())
+        cache = self._cache([inputs])
         for layer, buffers in enumerate(past):
             for kind, buffer in zip(("key", "value"), buffers, strict=True):
                 cache[f"{layer}.{kind}"][0, :, :start] = buffer[0, :, :start].numpy()
-        ids = random.integers(0, self._bundle.model.vocab_size, CHUNK + 1)
-        embeds = self._reference.embed(ids)
-        inputs = Inputs(embeds[:-1], np.arange(CHUNK, dtype=np.int32) % 2, start, np.arange(CHUNK))
         cache.lengths[:] = start
-        modality = np.asarray(inputs.modality)
         actual = self._graphs.prefill(inputs.embeds[None], modality[None], inputs.kept[None], cache).row(0, CHUNK)
         run = self._reference.run(inputs, past, _choices(actual))
         chunk = self._measure(actual, run, inputs)
         _teach(cache, 0, run.trace, (inputs.start, inputs.stop))
         cache.lengths[:] = inputs.stop
         actual = self._graphs.decode(embeds[None, -1:], cache).row(0, 1)
-        at = Inputs(embeds[-1:], None, inputs.stop, np.zeros(1, np.int64))
+        at = Inputs(embeds[-1:], None, inputs.stop, np.zeros(1, np.int64), inputs.adapters)
         step = self._measure(actual, self._reference.run(at, run.present, _choices(actual)), at)
         checks = self._judge(chunk, case=name, phase="prefill") + self._judge(step, case=name, phase="decode")
         return checks + judge_ties([chunk, step], self._bounds, case=name)
+
+    def _cache(self, rows: Sequence[Inputs]) -> KVCache:
+        """An empty cache with the adapters that these rows use, as the runtime's own code takes them from the file."""
+        cache = KVCache(self._bundle, len(rows))
+        chosen = [row.adapters for row in rows if row.adapters is not None]
+        if self._adapters is not None and len(chosen) == len(rows):
+            cache.constants = self._adapters.inputs(chosen)
+        return cache
+
+    def _some_adapters(self) -> Array | None:
+        """Another adapter in each layer than in the one before."""
+        banks = self._bundle.adapters
+        return None if banks is None else np.arange(len(banks.layers), dtype=np.int32) % banks.num_experts
 
     def _alone(self, alone: ReferenceRun, inputs: Inputs, actual: Trace) -> ReferenceRun:
         """The reference of a row alone; run again only where the batch settled a tie otherwise."""
@@ -177,7 +192,7 @@ class DecoderStage:
         return judge_measure(measured, self._bounds, **place)
 
 
-def _spread(length: int) -> Array:
+def spread(length: int) -> Array:
     """At most `KEPT` positions, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, length - 1, min(length, KEPT)).astype(np.int64))
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moiie_export.bundle_manifest import IMAGE_MARKER, IMAGE_PLACEHOLDER
-from moiie_export.model_config import ModelConfig
+from moiie_export.model_config import ModelConfig, MoiieConfig
+from moiie_export.mome_config import MomeConfig
+from moiie_export.parity.mome_facts import mome_facts
 from moiie_export.parity.report import Check, tell
 from moiie_export.source import ModelSource
 from moiie_runtime.bundle import Bundle
@@ -52,10 +54,10 @@ def _expected(source: ModelSource) -> dict[str, dict[str, Any]]:
             "tokens.pad": config.pad_token_id,
             "tokens.image_marker": IMAGE_MARKER,
             "tokens.image_placeholder": IMAGE_PLACEHOLDER,
-            "tokens.image_tokens": config.vision.image_tokens,
+            "tokens.image_tokens": config.image_tokens,
         },
         "modality": {"modality.last_image_token_is_language": config.last_image_token_is_language},
-        "processor": _processor(source),
+        **_own_sections(source),
         "prompt": {"prompt.system": config.prompt.system, "prompt.stop_string": config.prompt.stop_string},
     }
 
@@ -73,15 +75,23 @@ def _experts(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _processor(source: ModelSource) -> dict[str, Any]:
+def _own_sections(source: ModelSource) -> dict[str, dict[str, Any]]:
+    """What only some families state."""
+    config = source.config
+    if isinstance(config, MoiieConfig):
+        return {"processor": _processor(source, config)}
+    return mome_facts(config) if isinstance(config, MomeConfig) else {}
+
+
+def _processor(source: ModelSource, config: MoiieConfig) -> dict[str, Any]:
     """The tower's preprocessor_config.json decides; SigLIP's own values where there is none (spec 5.1)."""
     raw: Mapping[str, Any] = {}
     path = None if source.tower_path is None else source.tower_path / "preprocessor_config.json"
     if path is not None and path.is_file():
         raw = read_json_object(path, 1 << 20, "copy the tower's preprocessor_config.json again")
     return {
-        "processor.image_size": source.config.vision.input_size,
-        "processor.aspect_ratio": source.config.image_aspect_ratio,
+        "processor.image_size": config.vision.input_size,
+        "processor.aspect_ratio": config.image_aspect_ratio,
         "processor.mean": raw.get("image_mean", [0.5] * 3),
         "processor.std": raw.get("image_std", [0.5] * 3),
         "processor.rescale_factor": raw.get("rescale_factor", 1 / 255),
@@ -101,5 +111,8 @@ def _layer(config: ModelConfig, key: str) -> int | None:
 def _lookup(raw: Mapping[str, Any], key: str) -> Any:
     value: Any = raw
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[int(part)] if part.isdecimal() and int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 import onnx
@@ -22,7 +23,7 @@ ELEMENT_TYPES = {
 
 
 class BundleGraphs:
-    """Runs the three graphs of a bundle, with their probes as extra outputs.
+    """Runs the graphs of a bundle, with their probes as extra outputs.
 
     The weights are mapped from the bundle's own file. Use it as a context manager.
 
@@ -39,10 +40,9 @@ class BundleGraphs:
         self._sessions: dict[str, OnnxRuntimeSession] = {}
         self._bound: dict[str, KVCache] = {}
 
-    def vision(self, pixel_values: Array) -> tuple[Array, Array]:
-        """vision_features [n, P, C] (before the projector) and image_features [n, P, H] of pictures [n, 3, S, S]."""
-        outputs = self._session("vision_encoder").run({"pixel_values": pixel_values})
-        return outputs["vision_features"], outputs["image_features"]
+    def run(self, component: str, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """All outputs and probes of a graph that has no cache."""
+        return self._session(component).run(dict(feeds))
 
     def prefill(self, inputs_embeds: Array, token_modality: Array, logits_to_keep: Array, cache: KVCache) -> Trace:
         """Run [B, T, H] embeddings behind what the cache holds; its lengths are not changed."""
@@ -72,7 +72,8 @@ class BundleGraphs:
         if self._bound.get(component) is not cache:
             cache.bind(session)
             self._bound[component] = cache
-        outputs = session.run({**feeds, "past_lengths": cache.lengths})
+        fitting = {name: array for name, array in feeds.items() if name in session.inputs}
+        outputs = session.run({**fitting, "past_lengths": cache.lengths})
         model = self._bundle.model
         batch, tokens = feeds["inputs_embeds"].shape[:2]
 

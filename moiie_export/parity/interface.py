@@ -1,4 +1,4 @@
-"""The graphs' inputs, outputs and node attributes against what this checkpoint's model demands of them."""
+"""The graphs' inputs and outputs against what this checkpoint's model demands of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import onnx
 import torch
 
 from moiie_export.graph.components import Component, Tensor
-from moiie_export.model_config import ModelConfig
-from moiie_export.ops import DOMAIN
 from moiie_export.parity.report import Check, tell
 from moiie_runtime.backends.session import TensorSpec
 from moiie_runtime.bundle import Bundle
@@ -55,66 +53,6 @@ def check_interface(bundle: Bundle, component: Component, model: onnx.ModelProto
         tell("dtypes", lines := list(_differences(sides, "dtype")), **place, layer=_first_layer(lines)),
         tell("manifest signatures", list(_recorded_differences(sides, recorded)), **place),
     ]
-
-
-def check_attributes(config: ModelConfig, name: str, model: onnx.ModelProto) -> list[Check]:
-    """Attributes of the `moiie` nodes against the config. Backends with kernels of their own obey them."""
-    differences: list[tuple[int, str]] = []
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.domain != DOMAIN:
-            continue
-        index = counts.get(node.op_type, 0)
-        counts[node.op_type] = index + 1
-        layers = _layers(config, node.op_type)
-        if index >= len(layers):
-            differences.append(
-                (layers[-1] if layers else 0, f"{len(layers)} nodes {node.op_type} expected, found more")
-            )
-            continue
-        found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-        for key, expected in _attributes(config, node.op_type, name == "decoder_decode").items():
-            if found.get(key) != expected:
-                differences.append((layers[index], f"{node.op_type}.{key} is {found.get(key)}, expected {expected}"))
-    for op_type in ("CachedAttention", *(("ExpertDispatch",) if config.moe else ())):
-        layers = _layers(config, op_type)
-        if name != "vision_encoder" and counts.get(op_type, 0) < len(layers):
-            layer = layers[counts.get(op_type, 0)]
-            differences.append((layer, f"{len(layers)} nodes {op_type} expected, found {counts.get(op_type, 0)}"))
-    differences.sort(key=lambda item: item[0])
-    first = differences[0][0] if differences else None
-    where = name if first is None else f"layer {first}"
-    return [tell("attributes", [text for _, text in differences], phase=name, where=where, layer=first)]
-
-
-def _layers(config: ModelConfig, op_type: str) -> tuple[int, ...]:
-    """Decoder layers that hold a node of this type, in graph order."""
-    if op_type == "CachedAttention":
-        return tuple(range(config.text.num_hidden_layers))
-    moe = config.moe
-    if moe is None or (op_type != "ExpertDispatch" and not moe.gates):
-        return ()
-    return moe.layers
-
-
-def _attributes(config: ModelConfig, op_type: str, decode: bool) -> Mapping[str, Any]:
-    """What a node must carry. A decode graph knows language tokens only."""
-    moe = config.moe
-    if op_type == "CachedAttention":
-        return {
-            "local_window_size": config.text.visible_keys or 0,
-            "num_key_value_heads": config.text.num_key_value_heads,
-        }
-    if moe is None:
-        return {}
-    language = list(moe.expert_groups["language"])
-    if op_type == "TopKRoute":
-        return {"top_k": moe.top_k}
-    if op_type == "ExpertDispatch":
-        return {"experts": sorted(language) if decode else list(moe.reachable)}
-    return {"language_experts": language, "num_experts": moe.num_experts} | (
-        {} if decode else {"vision_experts": list(moe.expert_groups["vision"])}
-    )
 
 
 def _wanted(tensors: tuple[Tensor, ...]) -> Specs:

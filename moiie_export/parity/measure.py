@@ -35,6 +35,7 @@ class Agreement:
         first_wrong: position of the first of these.
         margins: histogram of the reference's margins.
         reached: tokens by expert, in the reference.
+        bundle_reached: the same in the bundle; ids that no expert has are left out.
     """
 
     tokens: int
@@ -43,6 +44,7 @@ class Agreement:
     first_wrong: int | None
     margins: list[int]
     reached: list[int]
+    bundle_reached: list[int]
 
     @property
     def share(self) -> float:
@@ -58,6 +60,7 @@ class Agreement:
             self.first_wrong if self.first_wrong is not None else other.first_wrong,
             [a + b for a, b in zip(self.margins, other.margins, strict=True)],
             [a + b for a, b in zip(self.reached, other.reached, strict=True)],
+            [a + b for a, b in zip(self.bundle_reached, other.bundle_reached, strict=True)],
         )
 
 
@@ -172,16 +175,21 @@ def _agreements(
     result = {}
     for modality, chosen in zip(MODALITIES, (~is_vision, is_vision), strict=True):
         rows = np.flatnonzero(wrong & chosen)
-        reached = np.bincount(decisions.own[chosen].reshape(-1), minlength=num_experts)
         result[modality] = Agreement(
             tokens=int(chosen.sum()),
             ties=int((decisions.tie & chosen).sum()),
             wrong=len(rows),
             first_wrong=int(rows[0]) if len(rows) else None,
             margins=margin_histogram(decisions.margin[chosen]),
-            reached=[int(count) for count in reached],
+            reached=_by_expert(decisions.own[chosen], num_experts),
+            bundle_reached=_by_expert(actual.expert_ids[chosen], num_experts),
         )
     return result
+
+
+def _by_expert(expert_ids: Array, num_experts: int) -> list[int]:
+    valid = expert_ids[(expert_ids >= 0) & (expert_ids < num_experts)]
+    return [int(count) for count in np.bincount(valid, minlength=num_experts)]
 
 
 def _router_errors(actual: Routed, expected: Routed, num_experts: int) -> dict[str, Error]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from moiie_export.model.layers import KeyValue
 from moiie_export.model.moe import MoeBlock, Routing
-from moiie_export.model.vlm import VlmModel
 from moiie_export.parity.metrics import Array, same_experts
 from moiie_export.parity.trace import Routed, Trace
 
@@ -44,12 +44,14 @@ class Inputs:
         modality: [T] int32, 1 = vision; None in decode.
         start: tokens already in the cache.
         kept: indices of the tokens whose logits are wanted.
+        adapters: [L] the adapter of each layer that has some; None in a family without.
     """
 
     embeds: Array
     modality: Array | None
     start: int
     kept: Array
+    adapters: Array | None = None
 
     @property
     def stop(self) -> int:
@@ -80,22 +82,16 @@ class Reference:
     """The PyTorch model of a checkpoint in float32.
 
     Args:
-        model: loaded with weights as the bundle stores them.
+        model: the family's, loaded with weights as the bundle stores them.
         tie_margin: a gap of router probabilities below this may fall either way.
     """
 
-    def __init__(self, model: VlmModel, tie_margin: float) -> None:
+    def __init__(self, model: Any, tie_margin: float) -> None:
         self.model = model
         self._tie_margin = tie_margin
         self._blocks = {
             index: layer.mlp for index, layer in enumerate(model.decoder.layers) if isinstance(layer.mlp, MoeBlock)
         }
-
-    @torch.inference_mode()
-    def vision(self, pixel_values: Array) -> tuple[Array, Array]:
-        """vision_features [n, P, C] and image_features [n, P, H] of pictures [n, 3, S, S]."""
-        projected, features = self.model.vision_encoder(torch.from_numpy(pixel_values))
-        return features.numpy(), projected.numpy()
 
     @torch.inference_mode()
     def embed(self, ids: Array) -> Array:
@@ -120,6 +116,7 @@ class Reference:
                 torch.tensor([inputs.start]),
                 torch.from_numpy(inputs.kept)[None],
                 past,
+                None if inputs.adapters is None else self.model.mole.choose(torch.from_numpy(inputs.adapters)[None]),
             )
         routing = {layer: routed for layer, routed in enumerate(out.routing) if routed is not None}
         trace = Trace(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Number = float | int | None
@@ -72,6 +72,13 @@ class Check:
         """JSON data; a value that is not a finite number becomes its name."""
         plain: dict[str, Any] = jsonable({**asdict(self), "name": self.name, "status": self.status})
         return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Check:
+        """The check of which `to_dict` gave the data."""
+        found = {each.name: data[each.name] for each in fields(cls)}
+        found |= {name: float(found[name]) for name in ("value", "bound") if isinstance(found[name], str)}
+        return cls(**found)
 
     def _near(self) -> bool:
         if self.value is None or not self.bound:
@@ -194,34 +201,46 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def _grouped(checks: list[Check]) -> list[list[Check]]:
+@dataclass(frozen=True)
+class Group:
+    """Checks of one kind; never empty."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def status(self) -> str:
+        """The most alarming status in it."""
+        order = ("FAIL", "near", "not run", "ok")
+        return min((check.status for check in self.checks), key=order.index)
+
+    @property
+    def shown(self) -> Check:
+        """The check that stands for all: the first failure, otherwise the worst value."""
+        failed = next((check for check in self.checks if not check.passed), None)
+        if failed is not None:
+            return failed
+        measured = [check for check in self.checks if check.value is not None] or self.checks
+        return (min if measured[0].metric in SMALLEST else max)(measured, key=lambda check: check.value or 0)
+
+
+def _grouped(checks: Iterable[Check]) -> list[Group]:
     """Checks of one kind together, whatever their case and layer; failures and what was not run apart for each case."""
     groups: dict[tuple[str, ...], list[Check]] = {}
     for check in checks:
         case = "" if check.ran and check.passed else check.case
         status = "FAIL" if not check.passed else "" if check.ran else check.note
         groups.setdefault((check.phase, check.stage, check.metric, case, status), []).append(check)
-    return list(groups.values())
+    return [Group(tuple(group)) for group in groups.values()]
 
 
-def _line(group: list[Check]) -> tuple[str, ...]:
-    """The first failure of a group stands for it, otherwise its worst value."""
-    lowest = group[0].metric in SMALLEST
-    measured = [check for check in group if check.value is not None] or group
-    worst = (min if lowest else max)(measured, key=lambda check: check.value or 0)
-    shown = group[0] if not group[0].passed else worst
+def _line(group: Group) -> tuple[str, ...]:
+    shown = group.shown
     what = " ".join(part for part in (shown.phase, shown.stage) if part)
     place = ", ".join(part for part in (shown.case, shown.where, shown.note) if part)
-    count = f" [{len(group)} fail]" if not shown.passed and len(group) > 1 else ""
+    count = f" [{len(group.checks)} fail]" if not shown.passed and len(group.checks) > 1 else ""
     bound = "" if shown.bound is None else _short(shown.bound)
     alone = shown.value or shown.note or not shown.ran
-    return (_status(group), what, shown.metric, _short(shown.value), bound, (place if alone else "") + count)
-
-
-def _status(group: list[Check]) -> str:
-    """The most alarming status of a group."""
-    order = ("FAIL", "near", "not run", "ok")
-    return min((check.status for check in group), key=order.index)
+    return (group.status, what, shown.metric, _short(shown.value), bound, (place if alone else "") + count)
 
 
 def _short(value: Number) -> str:

@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import onnx
 
-from moiie_export.graph.components import Component, components
+from moiie_export.families import family_of
+from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
+from moiie_export.parity.beams import compare_beams
 from moiie_export.parity.cases import Layout, Question, check_prompt, from_recipe, lay_out, made_up
-from moiie_export.parity.data import case_data, coverage, report_data
-from moiie_export.parity.decoder_stage import CHUNK, CaseRun, DecoderStage
+from moiie_export.parity.data import case_data, coverage, model_data, report_data
+from moiie_export.parity.decoder_stage import CHUNK, CaseRun, DecoderStage, spread
 from moiie_export.parity.facts import check_manifest
 from moiie_export.parity.graphs import BundleGraphs
-from moiie_export.parity.interface import check_attributes, check_interface, load_graph
-from moiie_export.parity.metrics import Array, error, non_finite
-from moiie_export.parity.reference import Reference
-from moiie_export.parity.report import Check, Report, judge, left_out, tell
+from moiie_export.parity.interface import check_interface, load_graph
+from moiie_export.parity.nodes import check_nodes
+from moiie_export.parity.reference import Inputs, Reference
+from moiie_export.parity.report import Check, Report, left_out, tell
+from moiie_export.parity.sight import Seen, Sight
 from moiie_export.parity.text import compare_text
 from moiie_export.parity.weights import check_embedding, check_weights
 from moiie_export.recipe import Bounds, ParityCase
@@ -45,15 +48,15 @@ class Asked:
     question: Question
     prompt: Prompt
     layout: Layout
-    features: Array | None
+    seen: Seen
 
-    def embeds(self, reference: Reference) -> Array:
-        """Decoder input [T, H] of the reference."""
+    def inputs(self, reference: Reference) -> Inputs:
+        """Decoder input of the reference."""
         embeds = np.empty((len(self.layout.is_image), reference.model.config.text.hidden_size), np.float32)
         embeds[~self.layout.is_image] = reference.embed(self.layout.ids[self.layout.ids >= 0])
-        if self.features is not None:
-            embeds[self.layout.is_image] = self.features.reshape(-1, embeds.shape[1])
-        return embeds
+        if self.seen.features is not None:
+            embeds[self.layout.is_image] = self.seen.features.reshape(-1, embeds.shape[1])
+        return Inputs(embeds, self.layout.modality, 0, spread(len(embeds)), self.seen.adapters)
 
 
 class Parity:
@@ -76,7 +79,8 @@ class Parity:
             report.checks.append(left_out("everything else", "the bundle is damaged"))
             return report
         with ModelSource.open(self._checkpoint, self._vision_tower) as source:
-            wanted = components(source.config, bundle.kv_cache.capacity)
+            report.data["model"] = model_data(source.config)
+            wanted = family_of(source.config).components(source.config, bundle.kv_cache.capacity)
             models = self._check_graphs(source, wanted)
             if any(check.stage in _FORBIDDING for check in report.failures):
                 report.checks.append(left_out("values", "the graphs are not those of this checkpoint's model"))
@@ -96,7 +100,7 @@ class Parity:
         found = [check_interface(self._bundle, component, models[component.name]) for component in wanted]
         self._report.checks += [check for stage in zip(*found, strict=True) for check in stage]
         for name, model in models.items():
-            self._report.checks += check_attributes(source.config, name, model)
+            self._report.checks += check_nodes(source.config, name, model)
         self._report.checks += check_manifest(self._bundle, source)
         return models
 
@@ -125,7 +129,8 @@ class Parity:
     ) -> None:
         """Every stage that runs something."""
         report = self._report
-        asked = [each for question in questions if (each := self._ask(question, source, reference, graphs, vlm))]
+        sight = family_of(source.config).sight(vlm, graphs, reference, self._bounds)
+        asked = [each for question in questions if (each := self._ask(question, source, sight, vlm))]
         total = len(asked) * (STEPS + 2) + 2
         done = 0
 
@@ -137,7 +142,7 @@ class Parity:
         stage = DecoderStage(self._bundle, graphs, reference, self._bounds, STEPS)
         runs: dict[str, CaseRun] = {}
         for each in asked:
-            run = stage.case(each.question.name, each.embeds(reference), each.layout.modality, advance)
+            run = stage.case(each.question.name, each.inputs(reference), advance)
             report.checks += run.checks
             runs[each.question.name] = run
         report.checks += self._batch(stage, runs)
@@ -148,17 +153,17 @@ class Parity:
             run = runs[each.question.name]
             checks, answers = compare_text(vlm, each.question, run, source.config.eos_token_id, self._bounds)
             report.checks += checks
-            report.data["cases"].append(case_data(each.question, each.prompt, run, answers))
+            report.checks += compare_beams(vlm, reference, each.question, each.prompt, run)
+            data = case_data(each.question, each.prompt, run, answers)
+            report.data["cases"].append({**data, **each.seen.data})
             advance()
         report.checks += coverage(source.config, list(runs.values()))
         if not asked:
             report.checks.append(tell("cases", ["no case could be run"]))
 
-    def _ask(
-        self, question: Question, source: ModelSource, reference: Reference, graphs: BundleGraphs, vlm: VLM
-    ) -> Asked | None:
+    def _ask(self, question: Question, source: ModelSource, sight: Sight, vlm: VLM) -> Asked | None:
         """Prompt and pictures of a question, compared; None when the bundle has no room for it."""
-        config, checks = source.config, self._report.checks
+        checks = self._report.checks
         prompt = vlm.processor(question.messages)
         layout = lay_out(prompt.text, source)
         needed = len(layout.modality) + STEPS + 1
@@ -166,21 +171,10 @@ class Parity:
             reason = f"it takes {needed} positions, the bundle holds {self._bundle.kv_cache.capacity}"
             checks.append(left_out("case", reason, case=question.name))
             return None
-        checks += check_prompt(question, prompt, layout, config)
-        if prompt.pixel_values is None:
-            return Asked(question, prompt, layout, None)
-        if prompt.pixel_values.shape[2] != config.vision.input_size:
-            checks.append(left_out("case", "its pictures have another size", case=question.name))
-            return None
-        features, projected = reference.vision(prompt.pixel_values)
-        ours = graphs.vision(prompt.pixel_values)
-        bad = sum(non_finite(array) for array in ours)
-        place: dict[str, Any] = {"case": question.name, "phase": "vision_encoder"}
-        checks.append(tell("finite", [f"{bad} NaN or infinite features"] * bool(bad), **place))
-        for where, actual, expected in zip(("tower", "projector"), ours, (features, projected), strict=True):
-            value = error(actual, expected).value
-            checks.append(judge("vision", "error", value, self._bounds.vision_error, where=where, **place))
-        return Asked(question, prompt, layout, projected)
+        checks += check_prompt(question, prompt, layout, source.config)
+        seen = sight.look(question, prompt)
+        checks += seen.checks
+        return Asked(question, prompt, layout, seen) if seen.comparable else None
 
     def _batch(self, stage: DecoderStage, runs: dict[str, CaseRun]) -> list[Check]:
         """A prompt with pictures and one without where there are both, else the longest and the shortest."""

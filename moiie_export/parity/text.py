@@ -23,6 +23,8 @@ class Answers:
     """Ids and texts of both sides.
 
     Attributes:
+        shared_text: the text up to where they part; all of it when they do not.
+        reference_token, bundle_token: there, the token of each side as text; None where a side ended or none differs.
         diverges: index of the first token that differs; None when none does.
         gap: there, how much the reference prefers its own token to the bundle's.
         near: the gap is within what the logits may differ by.
@@ -32,6 +34,9 @@ class Answers:
     bundle_ids: list[int]
     reference_text: str
     bundle_text: str
+    shared_text: str
+    reference_token: str | None
+    bundle_token: str | None
     diverges: int | None
     gap: float | None
     near: bool
@@ -58,13 +63,13 @@ def compare_text(
             record=Record(step_logits=True),
             max_new_tokens=len(run.tokens),
             do_sample=False,
+            num_beams=1,
             repetition_penalty=1.0,
         )
     except MoiieError as error:  # the prompt is sound and fits; what is wrong then is the bundle
-        text = vlm.processor.tokenizer.decode(expected)
-        nothing = Answers(expected, [], text, "", 0, None, False)
+        nothing = _answers(vlm, [], expected, run.token_logits, bounds)
         return [Check("text", "equal tokens", 0, len(expected), False, case=question.name, note=error.message)], nothing
-    answers = _answers(vlm, generation, expected, run.token_logits, bounds)
+    answers = _answers(vlm, list(generation.token_ids), expected, run.token_logits, bounds)
     same = len(expected) if answers.diverges is None else answers.diverges
     note = ""
     if answers.diverges is not None:
@@ -88,8 +93,7 @@ def _logits(generation: Generation, run: CaseRun, same: int, bounds: Bounds, cas
     return judge("answer logits", "error", found.value, bounds.logits_error, case=case, note=note)
 
 
-def _answers(vlm: VLM, generation: Generation, expected: list[int], logits: Sequence[Array], bounds: Bounds) -> Answers:
-    found = list(generation.token_ids)
+def _answers(vlm: VLM, found: list[int], expected: list[int], logits: Sequence[Array], bounds: Bounds) -> Answers:
     pairs = zip([*expected, None], [*found, None], strict=False)
     diverges = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
     gap, near = None, False
@@ -98,7 +102,20 @@ def _answers(vlm: VLM, generation: Generation, expected: list[int], logits: Sequ
         gap = float(row[expected[diverges]] - row[found[diverges]])
         near = bool(gap <= 2 * bounds.logits_error * max(1.0, float(np.abs(row).max())))
     decode = vlm.processor.tokenizer.decode
-    return Answers(expected, found, decode(expected), decode(found), diverges, gap, near)
+    tokens = [None if diverges is None else next(iter(ids[diverges:]), None) for ids in (expected, found)]
+    reference_token, bundle_token = (None if token is None else decode([token]) for token in tokens)
+    return Answers(
+        expected,
+        found,
+        decode(expected),
+        decode(found),
+        decode(expected[:diverges]),
+        reference_token,
+        bundle_token,
+        diverges,
+        gap,
+        near,
+    )
 
 
 def _until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:

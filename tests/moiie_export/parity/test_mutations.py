@@ -17,6 +17,7 @@ import pytest
 import moiie_runtime.decoder as runtime
 import moiie_runtime.processor
 from moiie_export.parity import ParityCase, Report, check_parity
+from moiie_runtime.prompt import Prompt
 from moiie_runtime.tensors import read_header
 from tests.conftest import GoldenCase
 from tests.moiie_export.parity.conftest import WINDOW, Model, Tensors, change_graph, edit_manifest, sign
@@ -260,11 +261,19 @@ def test_another_tokenizer(model: Model) -> None:
 
 def test_a_host_that_puts_pictures_upside_down(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """All graphs are right; only the runtime's own answer is not."""
-    right = runtime.Decoder.image_features
-    monkeypatch.setattr(runtime.Decoder, "image_features", lambda self, pixels: right(self, pixels)[:, ::-1])
+    right = runtime.Decoder.inputs_embeds
+
+    def wrong(self: runtime.Decoder, prompt: Prompt, rows: np.ndarray | None = None) -> np.ndarray:
+        return right(self, prompt, None if rows is None else rows[:, ::-1])
+
+    monkeypatch.setattr(runtime.Decoder, "inputs_embeds", wrong)
     report = model.parity()
     expect(report, "answer logits", None)
     assert {check.stage for check in report.failures} <= {"answer logits", "text"}
+    for case in report.to_dict()["cases"]:
+        text, at = case["text"], case["text"]["diverges"]
+        assert (text["reference_token"] is None) == (at is None)
+        assert at is None or text["reference_ids"][at] != text["bundle_ids"][at]
     assert "text" not in {check.case for check in report.failures}, "no picture, no difference"
 
 

@@ -61,11 +61,20 @@ def test_data_for_plots(model: Model) -> None:
     assert len(language["margins"]) == len(report["margin_edges"]) - 1
     assert sum(language["reached"]) == 2 * language["tokens"]
     assert language["reached"][0] == vision["reached"][3] == 0
+    assert (language["bundle_reached"], vision["bundle_reached"]) == (language["reached"], vision["reached"])
+    [[start, stop]] = picture["vision_spans"]
+    assert (stop - start, stop <= picture["positions"]) == (3, True), "the last token of a picture is language"
+    experts = {"num_experts": 4, "top_k": 2, "layers": [1, 3], "routed": True}
+    groups = {"vision": [0, 1, 2], "language": [1, 2, 3]}
+    assert report["model"]["moe"] == {**experts, "expert_groups": groups}
+    assert report["model"]["num_hidden_layers"] == 4
     assert prefill["logits"]["positions"][-1] == picture["positions"] - 1
     assert len(prefill["logits"]["errors"]) == len(prefill["logits"]["positions"])
     assert len(decode["logits"]["errors"]) == report["decode_steps"]
     assert picture["text"]["bundle_ids"] == picture["text"]["reference_ids"]
-    assert picture["text"]["bundle_text"] == picture["text"]["reference_text"]
+    text = picture["text"]
+    assert text["bundle_text"] == text["reference_text"] == text["shared_text"]
+    assert text["bundle_token"] is text["reference_token"] is text["diverges"] is None
 
 
 def test_summary_shows_every_stage(model: Model) -> None:

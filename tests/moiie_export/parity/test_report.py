@@ -83,3 +83,11 @@ def test_json_has_no_nan() -> None:
     assert json.loads(text)["checks"][0]["value"] == "NaN"
     assert [check["status"] for check in document["checks"]] == ["FAIL", "not run"]
     assert document["checks"][1]["note"] == "not run: no room"
+
+
+@pytest.mark.parametrize("value", [1e-6, 0, float("nan"), float("inf"), None])
+def test_a_check_comes_back_from_json(value: float | None) -> None:
+    check = Check("logits", "error", value, 2e-4, False, where="layer 1", layer=1, case="a", phase="decode", note="n")
+    back = Check.from_dict(json.loads(json.dumps(check.to_dict(), allow_nan=False)))
+    assert back.to_dict() == check.to_dict()
+    assert isinstance(back.value, type(value))
