@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moiie_runtime.errors import MissingDependency, MoiieError, Unsound
     from moiie_runtime.generate import Chunk, Generation, Record, Stats
     from moiie_runtime.generation_config import GenerationConfig
+    from moiie_runtime.instance_routing import Instance
     from moiie_runtime.memory import MemoryEstimate
     from moiie_runtime.processor import Processor
     from moiie_runtime.prompt import Prompt
@@ -32,6 +33,7 @@ __all__ = [
     "Chunk",
     "Generation",
     "GenerationConfig",
+    "Instance",
     "MemoryEstimate",
     "MissingDependency",
     "MoiieError",
@@ -52,6 +54,7 @@ _HOMES = {
     "Chunk": "generate",
     "Generation": "generate",
     "GenerationConfig": "generation_config",
+    "Instance": "instance_routing",
     "MemoryEstimate": "memory",
     "MissingDependency": "errors",
     "MoiieError": "errors",

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 
 from moiie_runtime.generation_config import GenerationConfig
+from moiie_runtime.instance_routing import Instance
 from moiie_runtime.prompt import Prompt
-from moiie_runtime.sampling import Logits, Sampler
+from moiie_runtime.sampling import History, Logits, Sampler
 from moiie_runtime.stopping import StopFilter
 from moiie_runtime.tokenizer import Tokenizer
 
@@ -23,36 +24,49 @@ class Answer:
         config: how to choose tokens and when to stop.
         tokenizer: decodes the answer.
         stop_string: the template's separator; dropped from the end of the text.
+        used: int64 [n], ids that the repetition penalty counts as used before the first token.
 
     Attributes:
+        prompt: what is answered.
+        config: how to choose tokens and when to stop.
         token_ids: the tokens so far, the end token included.
         finish_reason: None while the answer is not finished.
+        instance: what the instance router chose, once the prompt was run; None for bundles without one.
     """
 
-    def __init__(self, prompt: Prompt, config: GenerationConfig, tokenizer: Tokenizer, stop_string: str) -> None:
+    def __init__(
+        self, prompt: Prompt, config: GenerationConfig, tokenizer: Tokenizer, stop_string: str, used: History
+    ) -> None:
         self.prompt = prompt
+        self.config = config
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._config = config
+        self.instance: Instance | None = None
         self._sampler = Sampler(config)
         self._detokenizer = tokenizer.detokenizer()
         self._filter = StopFilter(config.stop_strings, stop_string)
-        text_ids = prompt.input_ids[prompt.input_ids >= 0]  # placeholders are no tokens
-        self._history = np.concatenate([text_ids, np.zeros(config.max_new_tokens, np.int64)])
-        self._history_length = len(text_ids)
+        self._history = np.concatenate([used, np.zeros(config.max_new_tokens, np.int64)])
+        self._used = len(used)
+
+    @property
+    def history(self) -> History:
+        """Ids that the repetition penalty counts as used, those of the answer so far among them."""
+        return self._history[: self._used + len(self.token_ids)]
 
     def take(self, logits: Logits) -> str:
         """Choose the next token from float32 [vocabulary] and return the text that became certain with it."""
-        token = self._sampler(self._history[: self._history_length], logits)
-        self._history[self._history_length] = token
-        self._history_length += 1
+        return self.push(self._sampler(self.history, logits))
+
+    def push(self, token: int) -> str:
+        """Go on with this token and return the text that became certain with it."""
+        self._history[self._used + len(self.token_ids)] = token
         self.token_ids.append(token)
         text = self._filter.push(self._detokenizer.push(token))
         if self._filter.stopped:
             self.finish_reason = "stop_string"
-        elif token in self._config.eos_token_id:
+        elif token in self.config.eos_token_id:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self._config.max_new_tokens:
+        elif len(self.token_ids) >= self.config.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._filter.push(self._detokenizer.finish()) + self._filter.finish()

@@ -121,6 +121,8 @@ class Bundle(Manifest):
     def _check_paths(self) -> None:
         names = [component.file for component in self.components.values()]
         names.append(self.embed_tokens.file)
+        names += [] if self.instance_router is None else [self.instance_router.tokenizer]
+        names += [] if self.adapters is None else [self.adapters.file]
         for name in [*self.files, *names]:
             self.path(name)
         for name in names:

@@ -1,8 +1,9 @@
-"""A conversation as one prompt string with image markers, and its pictures in order (spec 5.2 and 5.3)."""
+"""A conversation as one prompt string with image markers, and its pictures in order (spec moiie.md, 5.2 and 5.3)."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +27,8 @@ class ChatTemplate:
 
     Args:
         source: the template's text. It sees `system`, `messages` (role, content as a string), `stop_string` and
-            `add_generation_prompt`.
-        settings: the default system text and the stop string.
+            `add_generation_prompt`, `image_marker` and `separator`.
+        settings: the default system text, the stop string and the separator of pieces.
         image_marker: the text that stands for a picture, `<image>`.
 
     Raises:
@@ -72,10 +73,25 @@ class ChatTemplate:
         check_markers(prompt, self._marker, len(images), "the prompt made by chat_template.jinja")
         return prompt, images
 
+    def questions(self, messages: Sequence[Message]) -> list[str]:
+        """The texts of the user's turns without their pictures: what an instance router reads.
+
+        Args:
+            messages: a conversation that `render` accepts.
+        """
+        user = [message for message in messages if message["role"] == "user"]
+        marked = [self._turn(index, message, [])["content"] for index, message in enumerate(user)]
+        return [re.sub(re.escape(self._marker) + "\n?", "", text) for text in marked]
+
     def _render(self, system: str, turns: list[dict[str, str]]) -> str:
         try:
             return self._template.render(
-                system=system, messages=turns, stop_string=self._settings.stop_string, add_generation_prompt=True
+                system=system,
+                messages=turns,
+                stop_string=self._settings.stop_string,
+                add_generation_prompt=True,
+                image_marker=self._marker,
+                separator=self._settings.separator or "",
             )
         except MoiieError:
             raise
@@ -100,6 +116,12 @@ class ChatTemplate:
             raise MoiieError(f"{where}: only the user's messages can hold pictures", "move the picture to the question")
         if message["role"] != "system" and not "".join(texts).replace(self._marker, "").strip():
             raise MoiieError(f"{where}: has no text", 'ask something, for example "Describe the picture."')
+        separator = self._settings.separator
+        if separator is not None and any(separator in text for text in texts):
+            raise MoiieError(
+                f"{where}: the text holds the control character {separator!r}, which parts the pieces of a prompt",
+                "take it out",
+            )
         images += found
         if any(self._marker in text for text in texts):
             check_markers("".join(texts), self._marker, len(found), where)

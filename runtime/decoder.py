@@ -1,22 +1,25 @@
-"""The three graphs of a bundle as two calls: prefill of whole prompts, and decode of one token a row."""
+"""The graphs of a bundle as two calls: prefill of whole prompts, and decode of one token a row."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moiie_runtime.backends.session import Array, Session
+from moiie_runtime.adapters import Adapters
+from moiie_runtime.backends.session import Array
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.instance_routing import Instance, InstanceRouting
 from moiie_runtime.kv_cache import KVCache
 from moiie_runtime.prompt import Prompt
 from moiie_runtime.residency import release_pages, weight_views
 from moiie_runtime.routing import LayerRouting
+from moiie_runtime.sessions import Sessions
 from moiie_runtime.tensors import TensorFile
+from moiie_runtime.vision import Vision
 
 Floats = NDArray[np.float32]
 
@@ -28,65 +31,69 @@ class StepResult:
     Attributes:
         logits: float32 [batch, kept, vocabulary].
         routing: by layer; empty unless it was asked for.
+        instances: of a prefill, what the instance router chose for each row; empty for bundles without one.
     """
 
     logits: Floats
     routing: Mapping[int, LayerRouting]
+    instances: tuple[Instance, ...] = ()
 
 
 class Decoder:
-    """Runs the vision encoder, prefill and decode graphs of a bundle over a KV cache that the caller owns.
+    """Runs the prefill and decode graphs of a bundle, and before them its router and encoders, over a KV cache.
 
-    Several generations may take turns on one decoder, each with its own cache.
+    Several generations may take turns on one decoder, each with a cache of its own, which the caller owns.
 
     Args:
         bundle: an opened bundle.
-        open_session: opens the session of a component; called once for each, when it is first needed.
+        sessions: its graphs.
+        vision: turns pictures into rows.
     """
 
-    def __init__(self, bundle: Bundle, open_session: Callable[[str], Session]) -> None:
+    def __init__(self, bundle: Bundle, sessions: Sessions, vision: Vision) -> None:
         self._bundle = bundle
-        self._open_session = open_session
-        self._sessions: dict[str, Session] = {}
+        self._sessions = sessions
+        self._vision = vision
+        router, adapters = bundle.instance_router, bundle.adapters
+        self._router = None if router is None else InstanceRouting(bundle, router, sessions)
+        self._adapters = None if adapters is None else Adapters(bundle, adapters)
         self._bound: dict[str, KVCache] = {}
         self._weights = TensorFile(bundle.path(bundle.embed_tokens.file))
         self._table = _embedding_table(bundle, self._weights)
-        self._lock = threading.Lock()
-        self._closed = False
 
     @property
     def num_experts(self) -> int:
         """Experts of a sparse layer; 0 for a dense model."""
         return self._bundle.model.moe.num_experts if self._bundle.model.moe else 0
 
+    @property
+    def opening_seconds(self) -> float:
+        """Time spent opening graphs so far."""
+        return self._sessions.opening_seconds
+
     def load(self, component: str) -> None:
         """Open a component's session now, if it is not open, so that its first run is not slower than the others."""
-        with self._lock:
-            self._session(component)
+        self._sessions.get(component)
 
-    def image_features(self, pixel_values: Floats) -> Floats:
-        """Rows that stand for pictures: float32 [images, image_tokens, hidden], from [images, 3, size, size].
+    def image_features(self, prompt: Prompt) -> Floats:
+        """What stands for the pictures of a prompt in its decoder input, float32 [images, image_tokens, hidden]."""
+        instances = self._route([prompt])
+        return self._vision.rows(prompt.pictures, instances[0] if instances else None).rows
 
-        One picture at a time: activations are then bounded by one, whatever their number.
+    def inputs_embeds(self, prompt: Prompt, picture_rows: Floats | None = None) -> Floats:
+        """Decoder input of one prompt, float32 [length, hidden].
+
+        Args:
+            prompt: gives the rows of the embedding table.
+            picture_rows: [images, image_tokens, hidden], of its pictures; None when it has none.
         """
-        with self._lock:
-            session = self._session("vision_encoder")
-            features = [
-                session.run({"pixel_values": pixel_values[i : i + 1]}, ["image_features"])["image_features"]
-                for i in range(len(pixel_values))
-            ]
-        return np.concatenate(features)
-
-    def inputs_embeds(self, prompt: Prompt) -> Floats:
-        """Decoder input of one prompt, float32 [length, hidden]: rows of the embedding table and of its pictures."""
         is_image = prompt.input_ids == self._bundle.tokens.image_placeholder
         widths = np.where(is_image, self._bundle.tokens.image_tokens, 1)
         positions = np.repeat(is_image, widths)
         result = np.empty((len(positions), self._bundle.model.hidden_size), np.float32)
         result[~positions] = self._rows(prompt.input_ids[~is_image])
-        if prompt.pixel_values is not None:
-            features = self.image_features(prompt.pixel_values)
-            result[positions] = features.reshape(-1, result.shape[1])
+        if picture_rows is not None:
+            result[positions] = picture_rows.reshape(-1, result.shape[1])
         return result
 
     def prefill(
@@ -95,26 +102,34 @@ class Decoder:
         """Run whole prompts, one a row, into an empty cache.
 
         Args:
-            prompts: as many as the cache has rows; shorter ones are padded on the right.
-            cache: filled; its lengths are set.
+            prompts: as many as the cache has requests; shorter ones are padded on the right.
+            cache: its first row of each request in turn is filled and their lengths are set; see `KVCache.spread`.
             all_logits: logits of every position instead of each row's last; rows beyond a prompt's length are noise.
             routing: also return the experts chosen.
 
         Returns:
-            Logits [batch, 1 or the longest length, vocabulary].
+            Logits [batch, 1 or the longest length, vocabulary], and what the instance router chose.
         """
+        instances = self._route(prompts)
         lengths = np.array([prompt.length for prompt in prompts], np.int64)
         batch, longest = len(prompts), int(lengths.max())
         embeds = np.zeros((batch, longest, self._bundle.model.hidden_size), np.float32)
         modality = np.zeros((batch, longest), np.int32)
         for row, prompt in enumerate(prompts):
-            embeds[row, : prompt.length] = self.inputs_embeds(prompt)
+            instance = instances[row] if instances else None
+            pictures = self._vision.rows(prompt.pictures, instance) if prompt.pictures else None
+            embeds[row, : prompt.length] = self.inputs_embeds(prompt, None if pictures is None else pictures.rows)
+            if instance is not None and pictures is not None:
+                instances[row] = replace(instance, contributions=pictures.contributions)
             modality[row, : prompt.length] = prompt.token_modality
         kept = np.tile(np.arange(longest), (batch, 1)) if all_logits else lengths[:, None] - 1
         feeds: dict[str, Array] = {"inputs_embeds": embeds, "token_modality": modality, "logits_to_keep": kept}
+        if self._adapters is not None:
+            self.release(cache)  # a cache that was used before is bound with the adapters of that time
+            cache.constants = self._adapters.inputs([instance.mole_index for instance in instances])
         result = self._run("decoder_prefill", feeds, cache, routing)
-        cache.lengths[:] = lengths
-        return result
+        cache.lengths[:batch] = lengths
+        return replace(result, instances=tuple(instances))
 
     def decode(
         self, token_ids: Sequence[int], cache: KVCache, *, active: NDArray[np.bool_], routing: bool = False
@@ -124,11 +139,11 @@ class Decoder:
         Args:
             token_ids: the last token of each row.
             cache: grows by one token in each active row.
-            active: bool [batch]; the other rows are run too, but keep their length, so nothing they write is read.
+            active: bool [rows]; the other rows are run too, but keep their length, so nothing they write is read.
             routing: also return the experts chosen.
 
         Returns:
-            Logits [batch, 1, vocabulary].
+            Logits [rows, 1, vocabulary].
         """
         embeds = self._rows(np.array(token_ids, np.int64))[:, None]
         result = self._run("decoder_decode", {"inputs_embeds": embeds}, cache, routing)
@@ -137,51 +152,54 @@ class Decoder:
 
     def release(self, cache: KVCache) -> None:
         """Let go of a cache that will not be used again, so that its memory can go."""
-        with self._lock:
+        with self._sessions.lock:
             for component in [name for name, bound in self._bound.items() if bound is cache]:
-                self._sessions[component].unbind()
+                self._sessions.get(component).unbind()
                 del self._bound[component]
 
     def release_prefill_weights(self) -> int:
         """Give back the mapped pages of weights that decode does not use; see `release_pages`."""
         phases = self._bundle.residency
-        unused = {*phases["vision_encoder"].weights, *phases["prefill"].weights} - {*phases["decode"].weights}
-        with self._lock:  # not while a graph runs: its pages would be read twice
+        used = {weight for phase in self._bundle.phases.values() for weight in phases[phase].weights}
+        unused = used - {*phases["decode"].weights}
+        with self._sessions.lock:  # not while a graph runs: its pages would be read twice
             return release_pages(self._weights.path, weight_views(self._weights.header, sorted(unused)))
 
     def close(self) -> None:
         """Close all sessions. Closing twice is allowed."""
-        with self._lock:
-            self._closed = True
+        with self._sessions.lock:
             self._bound.clear()
-            while self._sessions:
-                self._sessions.popitem()[1].close()
+            self._sessions.close()
+
+    def _route(self, prompts: Sequence[Prompt]) -> list[Instance]:
+        if self._router is None:
+            return []
+        instructions = [prompt.instruction for prompt in prompts]
+        if None in instructions:
+            raise MoiieError(
+                f"{self._bundle.name}: a prompt has no instruction, which the instance router reads",
+                "prepare prompts with the processor of this bundle",
+            )
+        return self._router([instruction for instruction in instructions if instruction is not None])
 
     def _run(self, component: str, feeds: dict[str, Array], cache: KVCache, routing: bool) -> StepResult:
         model = self._bundle.model
+        rows, sequence = feeds["inputs_embeds"].shape[:2]
         layers = model.moe.layers if routing and model.moe is not None else ()
         names = [f"{kind}.{layer}" for layer in layers for kind in ("expert_ids", "expert_weights")]
-        with self._lock:
-            session = self._session(component)
+        with self._sessions.lock:
+            session = self._sessions.get(component)
             if self._bound.get(component) is not cache:
-                cache.bind(session)
+                cache.bind(session, rows)
                 self._bound[component] = cache
             # A model without experts has no use for the modality, and its graph no such input.
             fitting = {name: array for name, array in feeds.items() if name in session.inputs}
-            outputs = session.run({**fitting, "past_lengths": cache.lengths}, ["logits", *names])
-        batch, sequence = feeds["inputs_embeds"].shape[:2]
-        chosen = {name: outputs[name].reshape(batch, sequence, -1) for name in names}
+            outputs = session.run({**fitting, "past_lengths": cache.lengths[:rows]}, ["logits", *names])
+        chosen = {name: outputs[name].reshape(rows, sequence, -1) for name in names}
         return StepResult(
             outputs["logits"],
             {layer: LayerRouting(chosen[f"expert_ids.{layer}"], chosen[f"expert_weights.{layer}"]) for layer in layers},
         )
-
-    def _session(self, component: str) -> Session:
-        if self._closed:
-            raise MoiieError(f"{self._bundle.root}: the model is closed", "load the bundle again")
-        if component not in self._sessions:
-            self._sessions[component] = self._open_session(component)
-        return self._sessions[component]
 
     def _rows(self, ids: NDArray[np.int64]) -> Floats:
         return self._table[ids].astype(np.float32, copy=False)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moiie_runtime.answer import Answer, FinishReason
 from moiie_runtime.decoder import Decoder, StepResult
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.instance_routing import Instance
 from moiie_runtime.kv_cache import KVCache
 from moiie_runtime.routing import LayerRouting, Routing
 
@@ -47,7 +48,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer.
+    """A piece of a streamed answer; with beams the whole of it.
 
     Attributes:
         text: text that became certain, often empty; all pieces together are the answer.
@@ -74,6 +75,7 @@ class Generation:
         prefill_logits: float32 [1 or prompt_tokens, vocabulary]: of the last or of all positions, when recorded.
         step_logits: float32 [new tokens, vocabulary], row i is what token i was chosen from, when recorded.
         routing: the experts chosen, when recorded.
+        instance: the weights and adapters chosen by the instruction; None for bundles without an instance router.
     """
 
     text: str
@@ -83,6 +85,17 @@ class Generation:
     prefill_logits: Floats | None = None
     step_logits: Floats | None = None
     routing: Routing | None = None
+    instance: Instance | None = None
+
+    @property
+    def move_weights(self) -> Floats | None:
+        """Weights of the vision encoders, [encoders]; None for bundles without an instance router."""
+        return None if self.instance is None else self.instance.move_weights
+
+    @property
+    def mole_index(self) -> NDArray[np.int32] | None:
+        """The adapter of each layer with adapters; None for bundles without an instance router."""
+        return None if self.instance is None else self.instance.mole_index
 
     @property
     def prompt_tokens(self) -> int:
@@ -144,6 +157,32 @@ class Step:
     decode_seconds: float
 
 
+def needed_more_weights(answers: Sequence[Answer]) -> bool:
+    """Whether prefill used weights, of encoders or the instance router, that later steps do not use."""
+    return any(answer.prompt.pictures or answer.instance is not None for answer in answers)
+
+
+def prefill(
+    decoder: Decoder, answers: Sequence[Answer], cache: KVCache, record: Record
+) -> tuple[StepResult, list[Floats], float]:
+    """Load what is needed and run all prompts.
+
+    Returns:
+        What the decoder gave; the logits of each prompt's last position, [vocabulary]; and the time, of
+        `time.perf_counter`, when it began, moved by what opening graphs took.
+    """
+    start = time.perf_counter() - decoder.opening_seconds
+    prompts = [answer.prompt for answer in answers]
+    all_logits = record.prefill_logits == "all"
+    result = decoder.prefill(prompts, cache, all_logits=all_logits, routing=record.routing)
+    last = [result.logits[row, prompt.length - 1 if all_logits else 0] for row, prompt in enumerate(prompts)]
+    for answer, instance in zip(
+        answers, result.instances, strict=False
+    ):  # bundles without an instance router have none
+        answer.instance = instance
+    return result, last, start + decoder.opening_seconds
+
+
 def generate_steps(
     decoder: Decoder, answers: Sequence[Answer], cache: KVCache, record: Record = TEXT_ONLY
 ) -> Generator[Step, None, None]:
@@ -158,21 +197,11 @@ def generate_steps(
         record: whether to ask for all prompt logits and routing.
     """
     try:
-        prompts = [answer.prompt for answer in answers]
-        pictures = any(prompt.pixel_values is not None for prompt in prompts)
-        if pictures:
-            decoder.load("vision_encoder")
-        decoder.load("decoder_prefill")
-        start = time.perf_counter()
-        all_logits = record.prefill_logits == "all"
-        result = decoder.prefill(prompts, cache, all_logits=all_logits, routing=record.routing)
-        last = [prompt.length - 1 if all_logits else 0 for prompt in prompts]
-        texts: tuple[str | None, ...] = tuple(
-            answer.take(result.logits[row, last[row]]) for row, answer in enumerate(answers)
-        )
+        result, last, start = prefill(decoder, answers, cache, record)
+        texts: tuple[str | None, ...] = tuple(answer.take(logits) for answer, logits in zip(answers, last, strict=True))
         prefill_seconds, decode_seconds = time.perf_counter() - start, 0.0
         yield Step(result, texts, prefill_seconds, decode_seconds)
-        if pictures:
+        if needed_more_weights(answers):
             decoder.release_prefill_weights()
         if not all(answer.finish_reason for answer in answers):
             decoder.load("decoder_decode")
@@ -250,6 +279,7 @@ class _Recorder:
             prefill_logits=self._prefill_logits,
             step_logits=np.stack(self._logits) if self._logits else None,
             routing=self._routed() if self._record.routing else None,
+            instance=self._answer.instance,
         )
 
     def _routed(self) -> Routing:
@@ -271,10 +301,15 @@ def _joined(steps: Sequence[LayerRouting], like: LayerRouting) -> LayerRouting:
 
 
 def _stats(answer: Answer, step: Step) -> Stats:
+    return answer_stats(answer, step.prefill_seconds, step.decode_seconds)
+
+
+def answer_stats(answer: Answer, prefill_seconds: float, decode_seconds: float) -> Stats:
+    """The counts of an answer with its times."""
     return Stats(
         prompt_tokens=answer.prompt.length,
         image_tokens=answer.prompt.image_tokens,
         new_tokens=len(answer.token_ids),
-        prefill_seconds=step.prefill_seconds,
-        decode_seconds=step.decode_seconds,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
     )

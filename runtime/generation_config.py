@@ -21,8 +21,12 @@ class GenerationConfig:
         temperature: divides the logits before drawing; 0 takes the most likely token.
         top_k: draw only from this many most likely tokens; 0 is off.
         top_p: draw only from the most likely tokens whose probabilities reach this sum; 1 is off.
-        repetition_penalty: logits of tokens in the prompt or the answer are divided by it (multiplied when negative);
-            1 is off. It also acts when nothing is drawn.
+        repetition_penalty: logits of tokens that were used already are divided by it (multiplied when negative); 1 is
+            off. It also acts when nothing is drawn; with beams it acts on log-probabilities. The bundle says what
+            counts as used at the start: the text of the prompt, the start token, or nothing.
+        num_beams: beams of beam search; 1 is off. All beams of a request share its prefill.
+        length_penalty: with beams, the sum of an answer's log-probabilities is divided by its number of tokens to this
+            power: above 0 favours long answers, below 0 short ones.
         eos_token_id: ids that end the answer.
         stop_strings: texts that end the answer; they are not part of the text that is returned.
         seed: makes draws repeatable; every row of a batch starts from it, so that it equals the row alone.
@@ -37,6 +41,8 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
     eos_token_id: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
@@ -44,6 +50,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         _require_int("max_new_tokens", self.max_new_tokens, 1)
         _require_int("top_k", self.top_k, 0)
+        _require_int("num_beams", self.num_beams, 1)
         if self.seed is not None:
             _require_int("seed", self.seed, 0)
         if not isinstance(self.do_sample, bool):
@@ -53,12 +60,19 @@ class GenerationConfig:
             _require_number("temperature", self.temperature, 1e-3, 1e6, "0 or ")
         _require_number("top_p", self.top_p, 1e-6, 1)
         _require_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
+        _require_number("length_penalty", self.length_penalty, -10, 10)
         object.__setattr__(self, "eos_token_id", _as_tuple("eos_token_id", self.eos_token_id, int))
         object.__setattr__(self, "stop_strings", _as_tuple("stop_strings", self.stop_strings, str))
+        if self.num_beams > 1 and not self.greedy:
+            raise MoiieError(
+                f"generation settings num_beams={self.num_beams} and do_sample=True exclude each other: "
+                "beam search draws nothing",
+                "to draw (temperature, top_k, top_p), set num_beams=1; to search, set do_sample=False",
+            )
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken at every step."""
+        """Whether nothing is drawn: the most likely token is taken at every step, or beams are searched."""
         return not self.do_sample or self.temperature == 0
 
     def updated(self, changes: Mapping[str, Any]) -> GenerationConfig:
@@ -68,7 +82,8 @@ class GenerationConfig:
         `do_sample` turns `do_sample` on, as the authors' scripts do (spec 5.5).
 
         Raises:
-            MoiieError: an unknown name, a bad value, or one of the three together with `do_sample=False`.
+            MoiieError: an unknown name, a bad value, one of the three together with `do_sample=False`, drawing
+                together with beams, or a `length_penalty` without beams.
         """
         known = [field.name for field in fields(self)]
         for name in changes:
@@ -85,6 +100,11 @@ class GenerationConfig:
             raise MoiieError(
                 f"generation setting {drawing[0]}={given[drawing[0]]} has no effect with do_sample=False",
                 "leave one of the two out",
+            )
+        if given.get("length_penalty", 1) != 1 and result.num_beams == 1:
+            raise MoiieError(
+                f"generation setting length_penalty={given['length_penalty']} has no effect with num_beams=1",
+                "set num_beams to 2 or more, or leave length_penalty out",
             )
         return result
 

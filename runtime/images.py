@@ -1,11 +1,14 @@
-"""Pictures: from whatever the caller has to an RGB image, and from there to `pixel_values` (spec 5.1)."""
+"""Pictures: from whatever the caller has to an RGB image, and from there to `pixel_values` (spec moiie.md, 5.1)."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -14,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moiie_runtime.errors import MoiieError
-from moiie_runtime.manifest import ImageSettings
 from moiie_runtime.strict_files import open_regular
+from moiie_runtime.vision_settings import ImageSettings
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 
@@ -25,6 +28,30 @@ _BAND_PIXELS = 2**22
 # Formats that are decoded by libraries inside Pillow; others start programs (EPS) or are no pictures.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _SUPPORTED = "give a picture file (PNG, JPEG, WebP, BMP, GIF, TIFF or PPM)"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture. What the encoders are fed is made of it when, and if, one of them runs.
+
+    Attributes:
+        image: RGB, from `load_image`. Not to be changed.
+    """
+
+    image: Image.Image
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pixels; Pillow takes 4 bytes for each."""
+        return 4 * self.image.width * self.image.height
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of size and pixels, in hexadecimal: the same for the same picture from whatever file."""
+        digest = hashlib.sha256("{}x{} ".format(*self.image.size).encode())
+        for top in range(0, self.image.height, rows := max(1, _BAND_PIXELS // self.image.width)):
+            digest.update(self.image.crop((0, top, self.image.width, min(top + rows, self.image.height))).tobytes())
+        return digest.hexdigest()
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from moiie_runtime.backends.session import TensorSpec
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.fields import Fields
+from moiie_runtime.instance_settings import AdapterBanks, InstanceRouter, read_adapter_banks, read_instance_router
+from moiie_runtime.vision_settings import Encoder, read_encoders
 
 SCHEMA = 1
-COMPONENTS = ("vision_encoder", "decoder_prefill", "decoder_decode")
-PHASES = ("vision_encoder", "prefill", "decode")
+_DECODER = {"decoder_prefill": "prefill", "decoder_decode": "decode"}
 _DAMAGED = "the bundle is damaged or was edited: write it again with `moiie export`"
 
 
@@ -63,23 +65,19 @@ class Modality:
 
 
 @dataclass(frozen=True)
-class ImageSettings:
-    """How a picture becomes `pixel_values` (spec 5.1)."""
-
-    image_size: int
-    aspect_ratio: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    rescale_factor: float
-    resample: str
-
-
-@dataclass(frozen=True)
 class PromptSettings:
-    """The system text and the string that ends an answer (spec 5.2)."""
+    """What belongs to the chat template (spec moiie.md, 5.2; mome.md, 3).
+
+    Attributes:
+        system: the default system text.
+        stop_string: the string that ends an answer.
+        separator: a control character that a template puts where, as at a picture, the text on both sides is encoded
+            apart; None when it never does.
+    """
 
     system: str
     stop_string: str
+    separator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,21 +124,38 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `bundle.json` that the runtime uses."""
+    """All of `bundle.json` that the runtime uses.
+
+    Attributes:
+        encoders: the vision encoders: several when `instance_router` weighs them for each request.
+        generation: defaults of `GenerationConfig`.
+        penalty_prompt: what the repetition penalty counts as used before the first token, the authors' rule for the
+            model: the text of the prompt (`prompt`, of bundles that do not say), the start token (`bos`), or `none`.
+    """
 
     name: str
     dtype: str
     model: Model
     tokens: Tokens
     modality: Modality
-    processor: ImageSettings
+    encoders: tuple[Encoder, ...]
+    instance_router: InstanceRouter | None
+    adapters: AdapterBanks | None
     prompt: PromptSettings
     generation: Mapping[str, Any]
+    penalty_prompt: str
     embed_tokens: TensorReference
     kv_cache: KvSettings
     components: Mapping[str, Component]
     residency: Mapping[str, Residency]
     files: Mapping[str, FileRecord]
+
+    @property
+    def phases(self) -> dict[str, str]:
+        """The graphs that a bundle like this one has, in the order they run, and the phase of each in `residency`."""
+        router = () if self.instance_router is None else (self.instance_router.component,)
+        first = (*router, *(encoder.component for encoder in self.encoders))
+        return {component: component for component in first} | _DECODER
 
 
 def read_manifest(data: Mapping[str, Any], file: str) -> Manifest:
@@ -158,16 +173,19 @@ def read_manifest(data: Mapping[str, Any], file: str) -> Manifest:
     model = _model(top.child("model"))
     kv_cache = top.child("kv_cache")
     embed = top.child("embed_tokens")
-    prompt = top.child("prompt")
-    return Manifest(
+    tokens = _tokens(top.child("tokens"))
+    manifest = Manifest(
         name=top.string("name"),
         dtype=top.string("dtype", ("float32", "float16")),
         model=model,
-        tokens=_tokens(top.child("tokens"), model.vocab_size),
-        modality=Modality(top.child("modality").boolean("last_image_token_is_language")),
-        processor=_image_settings(top.child("processor")),
-        prompt=PromptSettings(prompt.string("system"), prompt.string("stop_string")),
+        tokens=tokens,
+        modality=_modality(top, model),
+        encoders=read_encoders(top, tokens.image_tokens),
+        instance_router=read_instance_router(top),
+        adapters=read_adapter_banks(top, model.num_hidden_layers),
+        prompt=_prompt(top.child("prompt")),
         generation=top.child("generation").data,
+        penalty_prompt=_penalty_prompt(top.child("generation"), tokens),
         embed_tokens=TensorReference(embed.string("file"), embed.string("tensor")),
         kv_cache=KvSettings(
             kv_cache.string("layout", ("BNSH",)),
@@ -178,6 +196,8 @@ def read_manifest(data: Mapping[str, Any], file: str) -> Manifest:
         residency=_residency(top),
         files={name: _file_record(fields) for name, fields in top.children("files").items()},
     )
+    _check_complete(top, manifest)
+    return manifest
 
 
 def _check_schema(top: Fields, file: str) -> None:
@@ -221,7 +241,7 @@ def _moe(fields: Fields, num_hidden_layers: int) -> Moe:
     )
 
 
-def _tokens(fields: Fields, vocab_size: int) -> Tokens:
+def _tokens(fields: Fields) -> Tokens:
     marker = fields.string("image_marker")
     if not marker:
         raise fields.error("image_marker", "a string that is not empty")
@@ -236,27 +256,33 @@ def _tokens(fields: Fields, vocab_size: int) -> Tokens:
     )
 
 
-def _image_settings(fields: Fields) -> ImageSettings:
-    std = fields.numbers("std", 3)
-    if not all(value > 0 for value in std):
-        raise fields.error("std", "a list of 3 numbers above 0")
-    mean = fields.numbers("mean", 3)
-    if not all(0 <= value <= 1 for value in mean):
-        raise fields.error("mean", "a list of 3 numbers from 0 to 1")
-    return ImageSettings(
-        image_size=fields.integer("image_size", 1, 16384),
-        aspect_ratio=fields.string("aspect_ratio", ("pad", "square")),
-        mean=mean,
-        std=std,
-        rescale_factor=fields.number("rescale_factor"),
-        resample=fields.string("resample", ("bicubic",)),
-    )
+def _penalty_prompt(generation: Fields, tokens: Tokens) -> str:
+    if generation.data.get("penalty_prompt") is None:
+        return "prompt"
+    choices = ("prompt", "bos", "none") if tokens.bos is not None else ("prompt", "none")
+    return generation.string("penalty_prompt", choices)
+
+
+def _modality(top: Fields, model: Model) -> Modality:
+    """Only experts are chosen by modality: a bundle without any may leave the section out."""
+    if model.moe is None and top.data.get("modality") is None:
+        return Modality(last_image_token_is_language=False)
+    return Modality(top.child("modality").boolean("last_image_token_is_language"))
+
+
+def _prompt(fields: Fields) -> PromptSettings:
+    separator = None if fields.data.get("separator") is None else fields.string("separator")
+    # User text may not hold it, so it must be nothing that anyone would write.
+    if separator is not None and (len(separator) != 1 or not _is_control(separator)):
+        raise fields.error("separator", "one control character other than a line break or a tab")
+    return PromptSettings(fields.string("system"), fields.string("stop_string"), separator)
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" and character not in "\t\n\v\f\r\x85"
 
 
 def _components(top: Fields) -> dict[str, Component]:
-    table = top.child("components")
-    for name in COMPONENTS:
-        table.child(name)
     return {
         name: Component(fields.string("file"), _specs(fields, "inputs"), _specs(fields, "outputs"))
         for name, fields in top.children("components").items()
@@ -264,13 +290,25 @@ def _components(top: Fields) -> dict[str, Component]:
 
 
 def _residency(top: Fields) -> dict[str, Residency]:
-    table = top.child("residency")
-    for phase in PHASES:
-        table.child(phase)
     return {
         phase: Residency(fields.strings("weights"), fields.integer("bytes", 0))
         for phase, fields in top.children("residency").items()
     }
+
+
+def _check_complete(top: Fields, manifest: Manifest) -> None:
+    """Every graph and phase that the sections speak of is there, and the router chooses among as many as there are."""
+    for component, phase in manifest.phases.items():
+        top.child("components").child(component)
+        top.child("residency").child(phase)
+    if manifest.instance_router is None:
+        return
+    name = manifest.instance_router.component
+    adapters = 0 if manifest.adapters is None else len(manifest.adapters.layers)
+    for output, size in (("move_weights", len(manifest.encoders)), ("mole_index", adapters)):
+        spec = manifest.components[name].outputs.get(output)
+        if size and (spec is None or spec.shape[1:] != (size,)):
+            raise top.child("components").child(name).error("outputs", f"a list with {output} [batch, {size}]")
 
 
 def _specs(component: Fields, key: str) -> dict[str, TensorSpec]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
+from moiie_runtime.adapters import BANKS
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.residency import weight_views
 from moiie_runtime.tensors import TensorFile, TensorInfo
+from moiie_runtime.vision_settings import Encoder, PatchSettings
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FLOAT32 = 4
@@ -28,6 +31,7 @@ class MemoryEstimate:
         kv_cache: the part of the buffers that prompt and answer fill.
         activations: intermediate results of the largest graph.
         logits: of all positions that are kept.
+        pictures: decoded pixels, and features that are kept for later questions.
         process: the interpreter and its libraries.
     """
 
@@ -36,6 +40,7 @@ class MemoryEstimate:
     kv_cache: int
     activations: int
     logits: int
+    pictures: int = 0
     process: int = _PROCESS
 
     @property
@@ -53,18 +58,24 @@ class Request:
     """The size of a request.
 
     Attributes:
-        batch: rows.
+        batch: rows of the prefill.
         prompt_tokens: positions of the longest prompt.
         new_tokens: tokens of the longest answer.
-        images: whether the vision encoder runs.
+        images: pictures in all prompts; 0 when no vision encoder runs.
         all_logits: whether the logits of every prompt position are kept.
+        num_beams: rows that each of the prefill becomes.
+        picture_bytes: decoded pixels of the pictures.
+        feature_bytes: features kept of pictures of earlier requests.
     """
 
     batch: int = 1
     prompt_tokens: int = 1
     new_tokens: int = 1
-    images: bool = False
+    images: int = 0
     all_logits: bool = False
+    num_beams: int = 1
+    picture_bytes: int = 0
+    feature_bytes: int = 0
 
 
 SMALLEST = Request()
@@ -82,19 +93,25 @@ def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstima
     model = bundle.model
     header = TensorFile(bundle.path(bundle.embed_tokens.file)).header
     prefill, decode = bundle.residency["prefill"].bytes, bundle.residency["decode"].bytes
-    vision = bundle.residency["vision_encoder"].bytes if request.images else 0
+    once = _once_bytes(bundle, request)
     copied = bundle.dtype == "float16"
     activations = _decoder_activations(bundle, header, request)
     if request.images:
         activations = max(activations, _vision_activations(bundle, header))
-    positions = request.batch * min(request.prompt_tokens + request.new_tokens, bundle.kv_cache.capacity)
-    kept = request.batch * (request.prompt_tokens if request.all_logits else 1)
+    rows = request.batch * request.num_beams
+    positions = rows * min(request.prompt_tokens + request.new_tokens, bundle.kv_cache.capacity)
+    kept = max(rows, request.batch * request.prompt_tokens if request.all_logits else 0)
+    adapters = _adapter_bytes(bundle, request)
+    mapped = request.batch == 1 and not copied  # a single float32 choice is used where it lies
+    features = request.images * sum(encoder.tokens for encoder in bundle.encoders) * model.hidden_size * _FLOAT32
     return MemoryEstimate(
-        weights=0 if copied else vision + max(prefill, decode),  # decode uses a part of what prefill uses
-        copies=int(_COPY * (vision + prefill + decode)) if copied else 0,
+        # Decode uses a part of what prefill uses.
+        weights=0 if copied else once + max(prefill, decode) + (adapters if mapped else 0),
+        copies=(int(_COPY * (once + prefill + decode)) if copied else 0) + (0 if mapped else adapters),
         kv_cache=2 * model.num_hidden_layers * positions * model.num_key_value_heads * model.head_dim * _FLOAT32,
         activations=activations,
         logits=kept * model.vocab_size * _FLOAT32,
+        pictures=request.picture_bytes + request.feature_bytes + features,
     )
 
 
@@ -106,7 +123,7 @@ def check_memory(estimate: MemoryEstimate, limit: int | None, bundle: Bundle) ->
     """
     if limit is None or estimate.total <= limit:
         return
-    fixes = ["use a shorter prompt, fewer new tokens or a smaller batch", "give it more memory"]
+    fixes = ["use a shorter prompt, fewer new tokens, fewer beams or a smaller batch", "give it more memory"]
     if estimate.copies:
         fixes.insert(0, "export with dtype float32, which needs no copies of the weights on a CPU")
     raise MissingDependency(
@@ -142,13 +159,42 @@ def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], reque
     return _FLOAT32 * (scores + request.batch * tokens * (6 * model.hidden_size + 2 * heads + 2 * widest))
 
 
+def _once_bytes(bundle: Bundle, request: Request) -> int:
+    """Stored weights of the graphs that run once before the prefill."""
+    router = [] if bundle.instance_router is None else [bundle.instance_router.component]
+    encoders = [encoder.component for encoder in bundle.encoders] if request.images else []
+    return sum(bundle.residency[component].bytes for component in [*router, *encoders])
+
+
+def _adapter_bytes(bundle: Bundle, request: Request) -> int:
+    """The chosen adapters as float32: one set, or one for each row of the prefill and again for each beam."""
+    if bundle.adapters is None:
+        return 0
+    header = TensorFile(bundle.path(bundle.adapters.file)).header
+    banks = [info.shape for name, info in header.items() if name.startswith(BANKS)]
+    one = _FLOAT32 * sum(math.prod(shape) for shape in banks) // bundle.adapters.num_experts
+    if request.batch == 1:
+        return one
+    return one * request.batch * (1 + (request.num_beams if request.num_beams > 1 else 0))
+
+
 def _vision_activations(bundle: Bundle, header: Mapping[str, TensorInfo]) -> int:
+    """The largest of the encoders, which run one after another, on one picture at a time."""
+    return max(_encoder_activations(bundle, encoder, header) for encoder in bundle.encoders)
+
+
+def _encoder_activations(bundle: Bundle, encoder: Encoder, header: Mapping[str, TensorInfo]) -> int:
     """One picture; with S2 all tiles of its largest scale run together."""
-    names = bundle.residency["vision_encoder"].weights
-    patches = [view.shape for view in weight_views(header, names) if len(view.shape) == 4]
-    hidden, patch = (patches[0][0], patches[0][-1]) if patches else (bundle.model.hidden_size, 14)
-    tokens = bundle.tokens.image_tokens
-    tiles = max(1, (bundle.processor.image_size // patch) ** 2 // tokens)
+    names = bundle.residency[encoder.component].weights
+    convolutions = [view.shape for view in weight_views(header, names) if len(view.shape) == 4]
+    hidden, patch = (convolutions[0][0], convolutions[0][-1]) if convolutions else (bundle.model.hidden_size, 14)
+    tiles = 1
+    if isinstance(encoder.processor, PatchSettings):
+        tokens = encoder.processor.max_patches
+    else:
+        tokens = (encoder.processor.image_size // patch) ** 2
+        if len(bundle.encoders) == 1:  # alone it is not pooled: more patches than rows are tiles
+            tiles, tokens = max(1, tokens // encoder.tokens), encoder.tokens
     scores = 2 * tiles * max(1, hidden // 64) * tokens * tokens
     return _FLOAT32 * (scores + tiles * tokens * (6 * hidden + 2 * _widest(header, names, 0)))
 

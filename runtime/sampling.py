@@ -65,6 +65,27 @@ def softmax(logits: Logits) -> NDArray[np.float64]:
     return weights
 
 
+def log_softmax(logits: Logits) -> Logits:
+    """Logarithms of the probabilities of finite or -inf logits."""
+    shifted: Logits = logits - logits.max()
+    total = np.exp(shifted, dtype=np.float64).sum()
+    shifted -= np.float32(np.log(total))
+    return shifted
+
+
+def check_logits(logits: Logits) -> None:
+    """Refuse float32 [..., vocabulary] in which a row leaves no choice.
+
+    Raises:
+        MoiieError: values that are not numbers, which means damaged weights or a broken graph.
+    """
+    if np.isnan(logits).any() or not np.isfinite(logits.max(axis=-1)).all():
+        raise MoiieError(
+            "the decoder's logits are not finite",
+            "check the bundle with `moiie inspect --verify` and `moiie parity`",
+        )
+
+
 class Sampler:
     """Chooses one token after another for one row.
 
@@ -91,17 +112,13 @@ class Sampler:
         """The next token.
 
         Args:
-            history: ids of the prompt's text and of the answer so far.
+            history: ids that the repetition penalty counts as used.
             logits: float32 [vocabulary].
 
         Raises:
-            MoiieError: logits that are not numbers, which means damaged weights or a broken graph.
+            MoiieError: logits that are not numbers; see `check_logits`.
         """
-        if np.isnan(logits).any() or not np.isfinite(logits.max()):
-            raise MoiieError(
-                "the decoder's logits are not finite",
-                "check the bundle with `moiie inspect --verify` and `moiie parity`",
-            )
+        check_logits(logits)
         for process in self._processors:
             logits = process(history, logits)
         if self._greedy:

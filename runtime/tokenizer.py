@@ -1,4 +1,4 @@
-"""Text to token ids and back: chunk-wise encoding around image markers (spec 5.3), and decoding as a stream."""
+"""Text to token ids and back: chunk-wise encoding around image markers, and decoding as a stream."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ class Tokenizer:
     Args:
         path: its `tokenizer.json`.
         tokens: special ids and the image marker.
+        separator: a text that, like a picture, parts what is encoded in pieces; itself it is no part of any.
 
     Raises:
         MoiieError: the file is missing or is not a tokenizer.
     """
 
-    def __init__(self, path: Path, tokens: Tokens) -> None:
+    def __init__(self, path: Path, tokens: Tokens, separator: str | None = None) -> None:
         self._tokens = tokens
+        borders = [tokens.image_marker, *([] if separator is None else [separator])]
+        self._borders = re.compile("(" + "|".join(map(re.escape, borders)) + ")")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -42,18 +45,20 @@ class Tokenizer:
     def encode(self, prompt: str) -> NDArray[np.int64]:
         """Token ids of a prompt, with the placeholder id for each image marker.
 
-        The text between markers is encoded chunk by chunk, each with the tokenizer's own special tokens; the
-        beginning-of-text token is kept once, at the start (spec 5.3).
+        The text between markers and separators is encoded chunk by chunk, each with the tokenizer's own special
+        tokens; the beginning-of-text token is kept once, at the start (spec moiie.md, 5.3; mome.md, 3).
 
         Returns:
             int64 [n].
         """
-        first, *rest = (self._tokenizer.encode(chunk).ids for chunk in prompt.split(self._tokens.image_marker))
-        ids = list(first)
-        adds_bos = self._tokens.bos is not None and first[:1] == [self._tokens.bos]
-        for chunk in rest:
-            ids.append(self._tokens.image_placeholder)
-            ids += chunk[1:] if adds_bos and chunk[:1] == first[:1] else chunk
+        pieces = self._borders.split(prompt)  # text and border in turn
+        ids = list(self._tokenizer.encode(pieces[0]).ids)
+        adds_bos = self._tokens.bos is not None and ids[:1] == [self._tokens.bos]
+        for border, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+            if border == self._tokens.image_marker:
+                ids.append(self._tokens.image_placeholder)
+            chunk = self._tokenizer.encode(piece).ids
+            ids += chunk[1:] if adds_bos and chunk[:1] == [self._tokens.bos] else chunk
         return np.array(ids, np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:

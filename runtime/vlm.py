@@ -8,22 +8,40 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moiie_runtime.answer import Answer
 from moiie_runtime.backends import get_backend
 from moiie_runtime.backends.session import Session
+from moiie_runtime.beam_generate import generate_beams, stream_beams
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.chat import Message
 from moiie_runtime.decoder import Decoder
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.feature_cache import FeatureCache
 from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generate, stream
 from moiie_runtime.generation_config import GenerationConfig
 from moiie_runtime.images import ImageSource
 from moiie_runtime.kv_cache import KVCache
 from moiie_runtime.memory import Request, check_memory, estimate_memory, parse_size
 from moiie_runtime.processor import Processor
-from moiie_runtime.prompt import Prompt
+from moiie_runtime.prompt import Prompt, penalty_ids
+from moiie_runtime.sessions import Sessions
+from moiie_runtime.vision import Vision
 
-_DEFAULTS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+FEATURE_CACHE = 64 * 2**20
+_DEFAULTS = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+    "seed",
+)
 
 
 def load(
@@ -32,6 +50,8 @@ def load(
     backend: str = "onnxruntime",
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    feature_cache: int | str = FEATURE_CACHE,
+    skip_below: float | None = None,
 ) -> VLM:
     """Open a bundle for asking.
 
@@ -40,6 +60,10 @@ def load(
         backend: what runs the graphs; see `moiie_runtime.backends`.
         threads: threads for the arithmetic; None for one for each physical core that the process may use.
         memory_limit: bytes, or a text such as "8GiB"; requests predicted to need more are refused.
+        feature_cache: bytes, or a text such as "1GiB", for features of pictures: another question on one of them runs
+            no vision encoder. 0 keeps none.
+        skip_below: leave out vision experts that are expected to add less than this share; see `Vision`. An
+            approximation, off by default.
 
     Raises:
         MoiieError: no bundle, a damaged one, an unknown backend, or a bad argument.
@@ -48,6 +72,8 @@ def load(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise MoiieError(f"threads must be an integer of at least 1, got {threads!r}")
     limit = None if memory_limit is None else parse_size(memory_limit)
+    keeps_none = feature_cache in (0, "0") and not isinstance(feature_cache, bool)
+    budget = 0 if keeps_none else parse_size(feature_cache)
     bundle = Bundle.open(path)
     opener = get_backend(backend)
 
@@ -57,96 +83,135 @@ def load(
         transient = component != "decoder_decode"
         return opener(path, component=component, threads=threads, transient=transient)
 
-    return VLM(bundle, open_session, limit)
+    return VLM(bundle, open_session, limit, feature_cache=budget, skip_below=skip_below)
 
 
 class VLM:
     """A vision-language model. Make one with `moiie_runtime.load`.
 
-    Nothing large is read before the first question; the vision encoder is loaded with the first picture. Wherever a
+    Nothing large is read before the first question; a vision encoder is loaded with the first picture. Wherever a
     method takes `**generation`, these are fields of `GenerationConfig`; what is not given comes from the bundle.
+
+    Where an instance router chooses experts by the instruction, the authors trained and tested with one picture and one
+    question. Questions without a picture (adapters alone), several pictures and several turns work too, untested by them.
 
     Args:
         bundle: an opened bundle.
         open_session: opens the session of a component.
         memory_limit: bytes that the process may be predicted to use; None for no limit.
+        feature_cache: bytes of features of pictures to keep.
+        skip_below: see `load`.
 
     Attributes:
         bundle: what was loaded.
         processor: turns messages into prompts.
+        feature_cache: features of pictures, with counts of hits and misses.
 
     Raises:
         MoiieError: damaged files, or a model that cannot run within the limit.
     """
 
-    def __init__(self, bundle: Bundle, open_session: Callable[[str], Session], memory_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        open_session: Callable[[str], Session],
+        memory_limit: int | None = None,
+        *,
+        feature_cache: int = FEATURE_CACHE,
+        skip_below: float | None = None,
+    ) -> None:
         self._memory_limit = memory_limit
         bundle.check_files()
         check_memory(estimate_memory(bundle), memory_limit, bundle)
         self.bundle = bundle
         self.processor = Processor(bundle)
         self._defaults = _default_config(bundle)
-        self._decoder = Decoder(bundle, open_session)
+        self.feature_cache = FeatureCache(feature_cache)
+        sessions = Sessions(bundle, open_session)
+        self._decoder = Decoder(bundle, sessions, Vision(bundle, sessions, self.feature_cache, skip_below))
 
-    def stream(self, messages: Sequence[Message], **generation: Any) -> Iterator[Chunk]:
+    def stream(self, messages: Sequence[Message], *, reroute: bool = False, **generation: Any) -> Iterator[Chunk]:
         """The answer to a conversation, piece by piece.
 
         Args:
             messages: see `ChatTemplate.render`; content holds text and pictures.
+            reroute: see `Processor`.
             generation: settings.
 
         Returns:
-            An iterator of chunks, one a token. Wrong arguments raise here, before it is asked for the first.
+            An iterator of chunks, one a token; with beams a single one, because no token is certain before the search
+            is over. Wrong arguments raise here, before it is asked for the first.
 
         Raises:
             MoiieError: a conversation, picture or setting that cannot be used, a prompt that does not fit the
                 context, or a request beyond the memory limit.
         """
-        return self._stream(self.processor(messages), generation)
+        return self._stream(self.processor(messages, reroute=reroute), generation)
 
     def stream_prompt(
-        self, prompt: str | Prompt, images: Sequence[ImageSource] = (), **generation: Any
+        self,
+        prompt: str | Prompt,
+        images: Sequence[ImageSource] = (),
+        *,
+        instruction: str | None = None,
+        **generation: Any,
     ) -> Iterator[Chunk]:
         """The answer to a complete prompt, piece by piece; see `generate_prompt` and `stream`."""
-        return self._stream(self._prepared(prompt, images), generation)
+        return self._stream(self._prepared(prompt, images, instruction), generation)
 
-    def generate(self, messages: Sequence[Message], *, record: Record = TEXT_ONLY, **generation: Any) -> Generation:
+    def generate(
+        self, messages: Sequence[Message], *, record: Record = TEXT_ONLY, reroute: bool = False, **generation: Any
+    ) -> Generation:
         """The whole answer to a conversation.
 
         Args:
             messages: see `ChatTemplate.render`; content holds text and pictures.
             record: logits and routing to keep.
+            reroute: see `Processor`.
             generation: settings.
 
         Raises:
-            MoiieError: as in `stream`; routing asked of a dense model.
+            MoiieError: as in `stream`; routing asked of a dense model, or logits or routing of steps with beams.
         """
-        return self.generate_batch([messages], record=record, **generation)[0]
+        return self.generate_batch([messages], record=record, reroute=reroute, **generation)[0]
 
     def generate_prompt(
-        self, prompt: str | Prompt, images: Sequence[ImageSource] = (), *, record: Record = TEXT_ONLY, **generation: Any
+        self,
+        prompt: str | Prompt,
+        images: Sequence[ImageSource] = (),
+        *,
+        instruction: str | None = None,
+        record: Record = TEXT_ONLY,
+        **generation: Any,
     ) -> Generation:
         """The whole answer to a complete prompt, which no template is applied to.
 
         Args:
             prompt: text with one image marker for each picture, or what `processor` made of text and pictures.
             images: the pictures of a text, in the order of the markers.
+            instruction: the raw question beside a text, for bundles with an instance router.
             record: logits and routing to keep.
             generation: settings.
 
         Raises:
             MoiieError: as in `generate`.
         """
-        return self._generate([self._prepared(prompt, images)], record, generation)[0]
+        return self._generate([self._prepared(prompt, images, instruction)], record, generation)[0]
 
     def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], *, record: Record = TEXT_ONLY, **generation: Any
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        record: Record = TEXT_ONLY,
+        reroute: bool = False,
+        **generation: Any,
     ) -> list[Generation]:
         """Answers to several conversations, run together; each is what it would be alone.
 
         Args:
             conversations: with and without pictures, of any lengths.
             record: logits and routing to keep.
+            reroute: see `Processor`.
             generation: settings, the same for all.
 
         Raises:
@@ -154,7 +219,26 @@ class VLM:
         """
         if not conversations:
             raise MoiieError("there is no conversation to answer", "give at least one list of messages")
-        return self._generate([self.processor(messages) for messages in conversations], record, generation)
+        prompts = [self.processor(messages, reroute=reroute) for messages in conversations]
+        return self._generate(prompts, record, generation)
+
+    def image_features(self, prompt: Prompt) -> NDArray[np.float32]:
+        """What stands for the pictures of a prepared prompt in its decoder input: [images, image_tokens, hidden].
+
+        Several encoders are weighted as the prompt's instruction says.
+
+        Raises:
+            MoiieError: a graph that cannot be loaded or run.
+        """
+        return self._decoder.image_features(prompt)
+
+    def settings(self, **generation: Any) -> GenerationConfig:
+        """What a request with these settings would use: the bundle's for those that are not given.
+
+        Raises:
+            MoiieError: a setting that cannot be used.
+        """
+        return self._defaults.updated(generation)
 
     def close(self) -> None:
         """Release all graphs, weights and buffers. Closing twice is allowed."""
@@ -168,39 +252,50 @@ class VLM:
     ) -> None:
         self.close()
 
-    def _prepared(self, prompt: str | Prompt, images: Sequence[ImageSource]) -> Prompt:
+    def _prepared(self, prompt: str | Prompt, images: Sequence[ImageSource], instruction: str | None) -> Prompt:
         if isinstance(prompt, str):
-            return self.processor.from_text(prompt, images)
-        if images:
-            raise MoiieError("a prepared prompt holds its pictures already", "give pictures with a text only")
+            return self.processor.from_text(prompt, images, instruction)
+        for given, what in ((images, "pictures"), (instruction, "instruction")):
+            if given:
+                raise MoiieError(f"a prepared prompt holds its {what} already", f"give {what} with a text only")
         return prompt
 
     def _stream(self, prompt: Prompt, generation: Mapping[str, Any]) -> Iterator[Chunk]:
         [answer] = self._answers([prompt], generation, TEXT_ONLY)
-        return stream(self._decoder, answer, KVCache(self.bundle, 1))
+        run = stream if answer.config.num_beams == 1 else stream_beams
+        return run(self._decoder, answer, self._cache([answer]))
 
     def _generate(self, prompts: Sequence[Prompt], record: Record, generation: Mapping[str, Any]) -> list[Generation]:
         answers = self._answers(prompts, generation, record)
-        return generate(self._decoder, answers, KVCache(self.bundle, len(answers)), record)
+        run = generate if answers[0].config.num_beams == 1 else generate_beams
+        return run(self._decoder, answers, self._cache(answers), record)
+
+    def _cache(self, answers: Sequence[Answer]) -> KVCache:
+        return KVCache(self.bundle, len(answers), answers[0].config.num_beams)
 
     def _answers(self, prompts: Sequence[Prompt], generation: Mapping[str, Any], record: Record) -> list[Answer]:
         """Everything that can be refused is refused here, before a graph is loaded or run."""
         if record.routing and self.bundle.model.moe is None:
             raise MoiieError(f"{self.bundle.name}: a dense model has no experts, so there is no routing to record")
-        config = self._defaults.updated(generation)
+        config = self.settings(**generation)
+        _check_record(record, config)
         explicit = generation.get("max_new_tokens") is not None
         configs = [_fitted(config, prompt, self.bundle.kv_cache.capacity, explicit) for prompt in prompts]
+        pictures = [picture for prompt in prompts for picture in prompt.pictures]
         request = Request(
             batch=len(prompts),
             prompt_tokens=max(prompt.length for prompt in prompts),
             new_tokens=max(config.max_new_tokens for config in configs),
-            images=any(prompt.image_tokens for prompt in prompts),
+            images=len(pictures),
+            picture_bytes=sum(picture.nbytes for picture in pictures),
+            feature_bytes=self.feature_cache.nbytes,
             all_logits=record.prefill_logits == "all",
+            num_beams=config.num_beams,
         )
         check_memory(estimate_memory(self.bundle, request), self._memory_limit, self.bundle)
-        stop_string = self.bundle.prompt.stop_string
+        stop_string, rule = self.bundle.prompt.stop_string, self.bundle.penalty_prompt
         return [
-            Answer(prompt, config, self.processor.tokenizer, stop_string)
+            Answer(prompt, config, self.processor.tokenizer, stop_string, penalty_ids(prompt, rule, self.bundle.tokens))
             for prompt, config in zip(prompts, configs, strict=True)
         ]
 
@@ -213,6 +308,15 @@ def _default_config(bundle: Bundle) -> GenerationConfig:
         raise MoiieError(
             f"{bundle.root}/bundle.json: generation: {error.message}", "export the bundle again"
         ) from error
+
+
+def _check_record(record: Record, config: GenerationConfig) -> None:
+    """With beams a step has several rows, and which of them led to the answer is known only in the end."""
+    for name in ("step_logits", "routing"):
+        if getattr(record, name) and config.num_beams > 1:
+            raise MoiieError(
+                f"{name} cannot be recorded with num_beams={config.num_beams}", "ask for it with num_beams=1"
+            )
 
 
 def _fitted(config: GenerationConfig, prompt: Prompt, capacity: int, explicit: bool) -> GenerationConfig:

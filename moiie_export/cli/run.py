@@ -31,7 +31,8 @@ Examples:
   moiie run moiie-phi3.bundle -p - < question.txt
 
 The answer is streamed on standard output, everything else goes to standard
-error. With --json, --routing or --save-outputs it comes when it is complete.
+error. With --json, --routing, --save-outputs or beams it comes when it is
+complete.
 """
 
 _THE_BUNDLES = "  [default: the bundle's]"
@@ -58,13 +59,18 @@ _THE_BUNDLES = "  [default: the bundle's]"
 )
 @click.option("--raw", is_flag=True, help="TEXT is the complete prompt, used as it is.")
 @click.option(
+    "--instruction",
+    metavar="TEXT",
+    help="With --raw: the question alone, for bundles that choose experts by it.",
+)
+@click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens of the answer." + _THE_BUNDLES
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     metavar="T",
-    help="Sample, with logits divided by T; 0 always takes the most probable token." + _THE_BUNDLES,
+    help="Sample, with logits divided by T; 0 samples nothing." + _THE_BUNDLES,
 )
 @click.option(
     "--top-k",
@@ -84,6 +90,19 @@ _THE_BUNDLES = "  [default: the bundle's]"
     metavar="R",
     help="Above 1 makes tokens that were used already less probable." + _THE_BUNDLES,
 )
+@click.option(
+    "--num-beams",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Search N answers side by side for the most probable one; 1 takes the most probable token of each step."
+    + _THE_BUNDLES,
+)
+@click.option(
+    "--length-penalty",
+    type=float,
+    metavar="L",
+    help="With beams: above 0 favours long answers, below 0 short ones." + _THE_BUNDLES,
+)
 @click.option("--seed", type=click.IntRange(min=0), metavar="S", help="Makes sampling repeatable.")
 @click.option(
     "--stop", "stop_strings", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."
@@ -93,7 +112,7 @@ _THE_BUNDLES = "  [default: the bundle's]"
     "--save-outputs",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.safetensors",
-    help="Write logits and, with --routing, expert choices.",
+    help="Write logits (with beams those of the prompt alone) and, with --routing, expert choices.",
 )
 @click.option("--all-logits", is_flag=True, help="Save the logits of every prompt position, not only of the last.")
 @click.option(
@@ -124,6 +143,8 @@ def command(bundle: Path, **options: Any) -> None:
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the prompt read and everything refused that can be refused before a model is opened."""
     wanted = dict(options)
+    if wanted["instruction"] is not None and not wanted["raw"]:
+        raise click.UsageError("--instruction goes with --raw; without it the question is known")
     if wanted["all_logits"] and not wanted["save_outputs"]:
         raise click.UsageError("--all-logits goes with --save-outputs")
     target: Path | None = wanted["save_outputs"]
@@ -151,7 +172,16 @@ def _prompt(text: str, raw: bool) -> str:
 
 def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were given; the bundle has the others."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    names = (
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "num_beams",
+        "length_penalty",
+        "seed",
+    )
     given = {name: wanted[name] for name in names if wanted[name] is not None}
     return given | ({"stop_strings": wanted["stop_strings"]} if wanted["stop_strings"] else {})
 
@@ -159,18 +189,21 @@ def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
 def _prepared(vlm: VLM, wanted: Mapping[str, Any]) -> Prompt:
     """The prompt with its pictures, made once: for the predicted memory and for the answer."""
     if wanted["raw"]:
-        return vlm.processor.from_text(wanted["prompt"], wanted["images"])
+        return vlm.processor.from_text(wanted["prompt"], wanted["images"], wanted["instruction"])
     return vlm.processor([{"role": "user", "content": [*wanted["images"], wanted["prompt"]]}])
 
 
 def _say_memory(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
     from moiie_runtime.memory import Request, estimate_memory
 
+    settings = vlm.settings(**_generation(wanted))
     request = Request(
         prompt_tokens=prompt.length,
-        new_tokens=wanted["max_new_tokens"] or vlm.bundle.generation.get("max_new_tokens", 1),
-        images=prompt.image_tokens > 0,
+        new_tokens=settings.max_new_tokens,
+        images=len(prompt.pictures),
+        picture_bytes=sum(picture.nbytes for picture in prompt.pictures),
         all_logits=wanted["all_logits"],
+        num_beams=settings.num_beams,
     )
     note(f"predicted memory: {estimate_memory(vlm.bundle, request)}")
 
@@ -194,9 +227,10 @@ def _whole(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
     from moiie_runtime import Record
 
     saving = wanted["save_outputs"] is not None
+    beams = vlm.settings(**_generation(wanted)).num_beams > 1
     record = Record(
         prefill_logits=("all" if wanted["all_logits"] else "last") if saving else None,
-        step_logits=saving,
+        step_logits=saving and not beams,
         routing=wanted["routing"],
     )
     answer = vlm.generate_prompt(prompt, record=record, **_generation(wanted))
@@ -222,18 +256,22 @@ def _document(answer: Generation, stats: RoutingStats | None) -> dict[str, Any]:
         "prefill_seconds": answer.prefill_seconds,
         "decode_tokens_per_second": answer.decode_tokens_per_second,
     }
+    if answer.instance is not None:
+        document["move_weights"] = answer.instance.move_weights.tolist()
+        document["mole_index"] = answer.instance.mole_index.tolist()
     return document if stats is None else document | {"routing": stats.rows()}
 
 
 def _save(answer: Generation, path: Path) -> None:
-    """Logits, and the experts of prompt positions followed by those of decode steps."""
+    """Logits that were recorded, and the experts of prompt positions followed by those of decode steps."""
     import numpy as np
 
     from moiie_runtime.tensors import save_tensors
 
     assert answer.prefill_logits is not None
-    assert answer.step_logits is not None
-    tensors = {"prefill_logits": answer.prefill_logits, "step_logits": answer.step_logits}
+    tensors = {"prefill_logits": answer.prefill_logits}
+    if answer.step_logits is not None:
+        tensors["step_logits"] = answer.step_logits
     if answer.routing is not None:
         for layer, prefill in answer.routing.prefill.items():
             decode = answer.routing.decode[layer]

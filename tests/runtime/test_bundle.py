@@ -65,6 +65,7 @@ def test_a_newer_schema_names_the_version_to_install(manifest, write_bundle):
         ("components.decoder_decode", "onnx/x.onnx", "an object"),
         ("residency.decode", None, "an object"),
         ("files", [], "an object"),
+        ("generation.penalty_prompt", "all", '"prompt" or "bos" or "none"'),
     ],
 )
 def test_a_wrong_value_is_named(manifest, key, value, expected):
@@ -84,6 +85,17 @@ def test_a_missing_key_is_named(manifest, key):
     del manifest[key]
     with pytest.raises(MoiieError, match=rf"x/bundle\.json: key '{key}' is missing"):
         read_manifest(manifest, "x/bundle.json")
+
+
+def test_the_penalty_sees_the_prompt_unless_the_bundle_says_otherwise(manifest):
+    assert read_manifest(manifest, "x").penalty_prompt == "prompt"
+    for rule in ("prompt", "bos", "none"):
+        manifest["generation"]["penalty_prompt"] = rule
+        assert read_manifest(manifest, "x").penalty_prompt == rule
+    manifest["generation"]["penalty_prompt"] = "bos"
+    manifest["tokens"]["bos"] = None
+    with pytest.raises(MoiieError, match='penalty_prompt.* must be "prompt" or "none", got'):
+        read_manifest(manifest, "x")
 
 
 def test_components_name_the_entry_with_the_fault(manifest):

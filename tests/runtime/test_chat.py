@@ -128,3 +128,48 @@ def test_an_array_is_one_picture_and_not_a_list():
 def test_a_bad_or_hostile_template_is_a_clear_error(template, message):
     with pytest.raises(MoiieError, match=message):
         ChatTemplate(template, PromptSettings("", ""), "<image>").render([user([CAT, "Q"])])
+
+
+SEPARATED = ChatTemplate(
+    "{% for m in messages %}{{ m.content | replace(image_marker ~ '\n', '[' ~ image_marker ~ ']' ~ separator) }};{% endfor %}",
+    PromptSettings("", "", "\x1e"),
+    "<image>",
+)
+
+
+def test_a_template_knows_marker_and_separator():
+    assert SEPARATED.render([user([CAT, "Q"])]) == ("[<image>]\x1eQ;", [CAT])
+    without = ChatTemplate("{{ image_marker }}{{ separator }}|", PromptSettings("", ""), "<image>")
+    assert without.render([user([CAT, "Q"])])[0] == "<image>|"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("a\x1eb")],
+        [user([CAT, "Q", "\x1e"])],
+        [user("Q"), {"role": "assistant", "content": "a\x1e"}, user("Q")],
+        [{"role": "system", "content": "\x1e"}, user("Q")],
+    ],
+)
+def test_no_text_of_a_conversation_can_hold_the_separator(messages):
+    with pytest.raises(MoiieError, match=r"the text holds the control character '\\x1e'"):
+        SEPARATED.render(messages)
+    assert chat().render([user("a\x1eb")])[0].endswith("a\x1eb ASSISTANT:")  # a bundle that has none allows it
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        ("Q", "Q"),
+        ([CAT, "What is it?"], "What is it?"),
+        (["Before ", CAT, "after"], "Before after"),
+        ([CAT, "<image>\nWhat is it?"], "What is it?"),
+        ([CAT, DOG, "Is <image> or <image> a cat?"], "Is  or  a cat?"),
+        ([{"type": "image", "image": "cat.png"}, {"type": "text", "text": " two\nlines "}], " two\nlines "),
+    ],
+)
+def test_questions_are_the_raw_texts_of_the_users_turns(content, question):
+    turns = [user(content), {"role": "assistant", "content": "A"}, user("more?")]
+    assert chat().questions(turns) == [question, "more?"]
+    assert chat().questions([{"role": "system", "content": "S"}, *turns]) == [question, "more?"]

@@ -11,7 +11,6 @@ import pytest
 
 import moiie_runtime as mr
 from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
-from moiie_runtime.decoder import Decoder
 from moiie_runtime.kv_cache import KVCache
 
 ALL = mr.Record(prefill_logits="all", step_logits=True)
@@ -88,6 +87,25 @@ def test_a_stream_is_the_answer_in_pieces(vlm, pictured):
     assert [chunk.stats.new_tokens for chunk in chunks] == list(range(1, 13))
     assert chunks[-1].stats.decode_seconds >= chunks[-2].stats.decode_seconds > 0
     assert chunks[0].stats.decode_tokens_per_second == 0 < chunks[-1].stats.decode_tokens_per_second
+
+
+def test_another_question_on_a_picture_runs_no_encoder(golden_bundle, picture, monkeypatch):
+    seen, run = [], OnnxRuntimeSession.run
+
+    def spy(session, feeds, outputs=None):
+        seen.append(session._where.split()[0])
+        return run(session, feeds, outputs)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", spy)
+    questions = [[{"role": "user", "content": [picture, text]}] for text in ("What is shown?", "Is it a cat?")]
+    with mr.load(golden_bundle("moiie_phi3"), threads=1) as cached:
+        found = [cached.generate(question, max_new_tokens=3).token_ids for question in questions]
+        assert seen.count("vision_encoder") == 1
+        assert (cached.feature_cache.hits, cached.feature_cache.misses) == (1, 1)
+        assert cached.feature_cache.nbytes == 729 * 32 * 4
+    with mr.load(golden_bundle("moiie_phi3"), threads=1, feature_cache=0) as uncached:
+        assert [uncached.generate(question, max_new_tokens=3).token_ids for question in questions] == found
+    assert seen.count("vision_encoder") == 3
 
 
 def test_streams_can_take_turns(vlm, pictured):
@@ -171,7 +189,7 @@ def test_keys_and_values_stay_at_the_same_address(vlm, pictured, monkeypatch):
         return result
 
     monkeypatch.setattr(OnnxRuntimeSession, "run", spy)
-    monkeypatch.setattr(KVCache, "bind", lambda cache, session: (caches.append(cache), bind(cache, session)))
+    monkeypatch.setattr(KVCache, "bind", lambda cache, *given: (caches.append(cache), bind(cache, *given)))
     vlm.generate(pictured, max_new_tokens=6)
     steps = [entry for entry in seen if entry[0]]
     assert len(steps) == 6
@@ -232,15 +250,12 @@ def test_a_complete_prompt_gives_what_its_messages_give(vlm, pictured, picture):
     assert "".join(chunk.text for chunk in streamed) == expected.text
 
 
-def test_the_embedding_rows_of_pictures_stand_where_their_markers_were(vlm, golden_bundle):
-    class OnlyEmbeddings(Decoder):
-        def image_features(self, pixel_values):
-            return np.stack([np.full((729, 32), 1 + index, np.float32) for index in range(len(pixel_values))])
-
-    decoder = OnlyEmbeddings(vlm.bundle, lambda name: pytest.fail(f"{name} was loaded"))
+def test_the_embedding_rows_of_pictures_stand_where_their_markers_were(vlm):
+    decoder = vlm._decoder
     grey = np.full((4, 4, 3), 127, np.uint8)
     prompt = vlm.processor.from_text("a<image>b<image>", [grey, grey])
-    embeds = decoder.inputs_embeds(prompt)
+    rows = np.stack([np.full((729, 32), 1 + index, np.float32) for index in range(2)])
+    embeds = decoder.inputs_embeds(prompt, rows)
     ids = prompt.input_ids
     first, second = np.flatnonzero(ids == -200)
     assert embeds.shape == (prompt.length, 32)

@@ -15,6 +15,8 @@ from moiie_runtime.generation_config import GenerationConfig
         ("top_k", [-1, 2.0, True]),
         ("top_p", [0, -1, 1e-9, 1.01, float("nan"), "0.9"]),
         ("repetition_penalty", [0, -1, 1e-9, float("inf"), "1"]),
+        ("num_beams", [0, -1, 2.0, "2", True]),
+        ("length_penalty", [-11, 11, float("nan"), "1", False]),
         ("eos_token_id", [-1, [3, -1], "3", [1.0], 2.5, {3}, [True]]),
         ("stop_strings", ["", ["a", ""], [3], 3, {"a"}]),
         ("seed", [-1, 1.0, "0", True]),
@@ -73,3 +75,23 @@ def test_a_bundle_that_draws_can_be_asked_not_to():
 def test_contradictions_are_refused(name):
     with pytest.raises(MoiieError, match=f"{name}=0.5 has no effect with do_sample=False"):
         GenerationConfig().updated({"do_sample": False, name: 0.5})
+
+
+def test_beams_and_draws_exclude_each_other():
+    beams = GenerationConfig(num_beams=5)
+    assert beams.greedy
+    with pytest.raises(MoiieError, match="num_beams=5 and do_sample=True exclude each other") as caught:
+        beams.updated({"temperature": 0.7})
+    assert "num_beams=1" in caught.value.hint
+    with pytest.raises(MoiieError, match="num_beams=2 and do_sample=True"):
+        GenerationConfig(do_sample=True).updated({"num_beams": 2})
+    assert not beams.updated({"temperature": 0.7, "num_beams": 1}).greedy
+    assert beams.updated({"temperature": 0}).num_beams == 5
+    assert GenerationConfig(do_sample=True).updated({"num_beams": 2, "do_sample": False}).greedy
+
+
+def test_a_length_penalty_needs_beams():
+    with pytest.raises(MoiieError, match="length_penalty=2 has no effect with num_beams=1"):
+        GenerationConfig().updated({"length_penalty": 2})
+    assert GenerationConfig().updated({"length_penalty": 1.0}) == GenerationConfig()
+    assert GenerationConfig(num_beams=3, length_penalty=2).updated({"num_beams": 1}).length_penalty == 2

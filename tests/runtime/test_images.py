@@ -13,7 +13,7 @@ from PIL import Image
 
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.images import load_image, pixel_values, resized
-from moiie_runtime.manifest import ImageSettings
+from moiie_runtime.vision_settings import ImageSettings
 
 PAD = ImageSettings(384, "pad", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.00392156862745098, "bicubic")
 

@@ -3,12 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.kv_cache import KVCache
+from moiie_runtime.errors import MissingDependency
+from moiie_runtime.kv_cache import KVCache, _moves
 
 
 @pytest.fixture
@@ -34,6 +38,84 @@ def test_past_and_present_are_the_same_buffers(bundle):
         assert not cache[name].any()
     assert len(set(cache.addresses().values())) == 8
     assert cache.lengths.tolist() == [0, 0, 0]
+
+
+def filled(bundle, batch, num_beams, lengths):
+    """Every value is another; the prompts are in the first rows, as after a prefill."""
+    cache = KVCache(bundle, batch, num_beams)
+    for index, name in enumerate(cache):
+        cache[name][:] = np.arange(cache[name].size, dtype=np.float32).reshape(cache[name].shape) + index / 8
+    cache.lengths[:batch] = lengths
+    return cache
+
+
+def test_prefill_is_bound_to_the_first_rows(bundle):
+    cache, session = KVCache(bundle, 2, 3), Bindings()
+    cache.bind(session, 2)
+    for name in cache:
+        assert session[f"past_key_values.{name}"] is session[f"present.{name}"]
+        assert session[f"present.{name}"].shape == (2, 2, 64, 8)
+        assert session[f"present.{name}"].ctypes.data == cache.addresses()[name]
+    assert cache.lengths.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize(("batch", "num_beams"), [(1, 1), (3, 1), (1, 4), (2, 2), (3, 2), (2, 5), (4, 3)])
+def test_every_beam_gets_the_prefill_of_its_request_and_no_more(bundle, batch, num_beams):
+    lengths = np.arange(batch) * 3 + 1
+    cache = filled(bundle, batch, num_beams, lengths)
+    before = {name: cache[name].copy() for name in cache}
+    cache.spread()
+    assert cache.lengths.tolist() == np.repeat(lengths, num_beams).tolist()
+    for name, old in before.items():
+        for row in range(batch * num_beams):
+            used = lengths[row // num_beams]
+            np.testing.assert_array_equal(cache[name][row, :, :used], old[row // num_beams, :, :used])
+            np.testing.assert_array_equal(cache[name][row, :, used:], old[row, :, used:])
+
+
+@given(data=st.data(), batch=st.integers(1, 3), num_beams=st.integers(1, 6))
+def test_rows_are_reordered_as_if_all_at_once(data, batch, num_beams):
+    bundle = SimpleNamespace(
+        model=SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, head_dim=2),
+        kv_cache=SimpleNamespace(capacity=7, dtype="float32"),
+    )
+    prompts = data.draw(st.lists(st.integers(1, 4), min_size=batch, max_size=batch))
+    cache = filled(bundle, batch, num_beams, prompts)
+    cache.spread()
+    cache.lengths += np.repeat(data.draw(st.lists(st.integers(0, 3), min_size=batch, max_size=batch)), num_beams)
+    beams = st.lists(st.integers(0, num_beams - 1), min_size=num_beams, max_size=num_beams)
+    sources = np.concatenate([request * num_beams + np.array(data.draw(beams)) for request in range(batch)])
+    before, lengths = {name: cache[name].copy() for name in cache}, cache.lengths.copy()
+    cache.reorder(sources)
+    for name, old in before.items():
+        for row, source in enumerate(sources):
+            used = lengths[row]
+            np.testing.assert_array_equal(cache[name][row, :, :used], old[source, :, :used])
+            np.testing.assert_array_equal(cache[name][row, :, used:], old[row, :, used:])
+    np.testing.assert_array_equal(cache.lengths, lengths)
+
+
+@given(sources=st.integers(1, 7).flatmap(lambda rows: st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+def test_only_rows_that_change_are_written_each_once(sources):
+    moves = _moves(sources)
+    written = sorted(target for target, _ in moves if target >= 0)
+    assert written == [row for row, source in enumerate(sources) if row != source]
+    circles = {frozenset(circle) for row in range(len(sources)) if (circle := circle_of(row, sources))}
+    assert len(moves) - len(written) == sum(len(circle) > 1 for circle in circles)
+
+
+def circle_of(row, sources):
+    """The rows from this one through sources back to it; none when the way does not come back."""
+    way = [row]
+    while (row := sources[way[-1]]) not in way:
+        way.append(row)
+    return way if row == way[0] else []
+
+
+def test_rows_beyond_the_system_are_an_error(bundle):
+    with pytest.raises(MissingDependency, match="no room for a key or value buffer") as caught:
+        KVCache(bundle, 1, 10**15)
+    assert "fewer beams" in caught.value.hint
 
 
 LAZY = """

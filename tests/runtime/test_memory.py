@@ -61,6 +61,17 @@ def test_the_cache_grows_with_the_request_up_to_the_capacity(bundle):
     assert estimate_memory(bundle, Request(prompt_tokens=4000, new_tokens=500)).kv_cache == 4096 * token
 
 
+def test_beams_take_rows_of_the_cache_and_of_the_logits_but_not_of_the_prefill(bundle):
+    one, five = (
+        estimate_memory(bundle, Request(batch=2, prompt_tokens=100, new_tokens=5, num_beams=beams)) for beams in (1, 5)
+    )
+    assert five == replace(one, kv_cache=5 * one.kv_cache, logits=5 * one.logits)
+    everything = Request(batch=2, prompt_tokens=100, new_tokens=5, all_logits=True)
+    assert (
+        estimate_memory(bundle, everything).logits == estimate_memory(bundle, replace(everything, num_beams=5)).logits
+    )
+
+
 def test_every_part_grows_with_the_request(bundle):
     small = estimate_memory(bundle, Request(prompt_tokens=100))
     large = estimate_memory(bundle, Request(prompt_tokens=1000, batch=2, all_logits=True))
@@ -72,7 +83,8 @@ def test_every_part_grows_with_the_request(bundle):
 def test_the_line_to_print():
     estimate = MemoryEstimate(weights=3 * 2**30, copies=0, kv_cache=2**20, activations=512, logits=2048, process=2**20)
     assert str(estimate) == (
-        "3.0 GiB (weights 3.0 GiB, copies 0 B, kv cache 1.0 MiB, activations 512 B, logits 2.0 KiB, process 1.0 MiB)"
+        "3.0 GiB (weights 3.0 GiB, copies 0 B, kv cache 1.0 MiB, activations 512 B, logits 2.0 KiB, "
+        "pictures 0 B, process 1.0 MiB)"
     )
 
 

@@ -5,7 +5,10 @@ import pytest
 
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.images import Picture
 from moiie_runtime.processor import Processor
+from tests.conftest import GoldenCase
+from tests.runtime import instance_bundle as made
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 
@@ -64,3 +67,54 @@ def test_a_tokenizer_of_another_model_is_refused(manifest, write_bundle):
     manifest["model"]["vocab_size"] = 100
     with pytest.raises(MoiieError, match="but the model knows 100 tokens"):
         Processor(Bundle.open(write_bundle(manifest))).from_text("Describe the picture.")
+
+
+def test_pixel_values_are_made_when_they_are_asked_for(processor, monkeypatch):
+    monkeypatch.setattr("moiie_runtime.prompt.pixel_values", lambda *_: pytest.fail("were made"))
+    prompt = processor.from_text("<image>Q", [PICTURE])
+    assert isinstance(prompt.pictures[0], Picture)
+    assert prompt.pictures[0].image.size == (6, 4)
+    with pytest.raises(pytest.fail.Exception, match="were made"):
+        _ = prompt.pixel_values
+
+
+@pytest.fixture
+def instance_processor(tmp_path) -> Processor:
+    return Processor(Bundle.open(made.write(tmp_path / "bundle")))
+
+
+MOME = GoldenCase("mome/end_to_end")
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_pieces_give_the_authors_ids(instance_processor, sample):
+    question, ids = MOME.about["questions"][sample], MOME.about["prompt_ids"]
+    prompt = instance_processor([{"role": "user", "content": [MOME.images[sample], question]}])
+    expected = [*ids["before"], -200, *ids["after"], *ids[f"question{sample}"]]
+    assert prompt.input_ids.tolist() == expected
+    assert prompt.instruction == question
+    raw = instance_processor.from_text(prompt.text, [MOME.images[sample]], question)
+    assert raw.input_ids.tolist() == expected
+
+
+def test_a_question_alone_begins_with_one_start_token_and_ends_with_the_space(instance_processor):
+    ids = instance_processor([{"role": "user", "content": "Please describe this image in short."}]).input_ids.tolist()
+    assert ids.count(1) == 1
+    assert ids[0] == 1
+    assert ids[-38:] == MOME.about["prompt_ids"]["question0"]
+
+
+def test_the_instruction_is_the_first_question_or_the_last(instance_processor):
+    turns = [
+        {"role": "user", "content": [PICTURE, "What is this?"]},
+        {"role": "assistant", "content": "This."},
+        {"role": "user", "content": "Where is it?"},
+    ]
+    assert instance_processor(turns).instruction == "What is this?"
+    assert instance_processor(turns, reroute=True).instruction == "Where is it?"
+
+
+def test_an_empty_question_is_refused_before_the_router_sees_it(instance_processor):
+    for content in ("", "  ", [PICTURE], [PICTURE, "<image>"]):
+        with pytest.raises(MoiieError, match="has no text"):
+            instance_processor([{"role": "user", "content": content}])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moiie_runtime.manifest import Tokens
-from moiie_runtime.prompt import token_modality, token_types
+from moiie_runtime.prompt import Prompt, penalty_ids, token_modality, token_types
 
 TYPES = st.lists(st.sampled_from([0, 1, 32000]), max_size=40)
 
@@ -61,3 +61,11 @@ def test_adjacent_pictures_are_one_run():
     types = token_types(np.array([7, -200, -200, 8]), tokens)
     assert types.tolist() == [0, *[1] * 10, 0]
     assert sum(modality(types)) == 9
+
+
+@pytest.mark.parametrize(("rule", "ids"), [("prompt", [1, 7, 9, 7]), ("bos", [1]), ("none", [])])
+def test_what_the_penalty_counts_as_used(rule, ids):
+    prompt = Prompt("", np.array([1, 7, -200, 9, 7]), np.zeros(7, np.int32), None, 3, 7)
+    tokens = Tokens(1, (3,), None, "<image>", -200, 3)
+    found = penalty_ids(prompt, rule, tokens)
+    assert (found.tolist(), found.dtype) == (ids, np.int64)

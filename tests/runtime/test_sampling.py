@@ -55,6 +55,14 @@ def test_softmax(logits):
     assert sampling.softmax(np.array([-np.inf, 0], np.float32)).tolist() == [0, 1]
 
 
+@given(logits=LOGITS)
+def test_log_softmax(logits):
+    found = sampling.log_softmax(logits)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.log(probabilities(logits)), atol=1e-6, rtol=1e-6)
+    assert sampling.log_softmax(np.array([-np.inf, 0], np.float32)).tolist() == [-np.inf, 0]
+
+
 def test_the_order_is_that_of_transformers():
     """Each pair gives another result the other way round."""
     logits = np.array([4.0, 3.9, 1.0, -1.0], np.float32)

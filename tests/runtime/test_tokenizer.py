@@ -48,6 +48,18 @@ def test_bos_is_kept_once_and_chunks_are_encoded_apart(golden):
     assert tokenizer.encode("<image><image>Describe").tolist() == [*bos, -200, -200, *body[0]]
 
 
+def test_a_separator_parts_the_text_and_leaves_no_token(golden):
+    plain = golden_tokenizer(golden)
+    tokenizer = Tokenizer(golden.checkpoint / "tokenizer.json", plain._tokens, separator="\x1e")
+    parts = [plain.encode(text).tolist() for text in ("Describe", " it", "", "now")]
+    bos = plain.encode("").tolist()
+    bodies = [part[len(bos) :] for part in parts]
+    assert tokenizer.encode("Describe\x1e it").tolist() == [*bos, *bodies[0], *bodies[1]]
+    assert tokenizer.encode("\x1eDescribe\x1e\x1e<image>\x1enow").tolist() == [*bos, *bodies[0], -200, *bodies[3]]
+    assert tokenizer.encode("\x1e").tolist() == bos
+    np.testing.assert_array_equal(tokenizer.encode("Describe it"), plain.encode("Describe it"))
+
+
 def test_truncation_and_padding_in_the_file_are_ignored(golden, tmp_path):
     raw = tokenizers.Tokenizer.from_file(str(golden.checkpoint / "tokenizer.json"))
     raw.enable_truncation(4)

@@ -96,7 +96,7 @@ def test_the_default_length_gives_way_to_the_context_row_by_row(copied):
     vlm = VLM(mr.Bundle.open(copied(small)), lambda name: pytest.fail(f"{name} was loaded"))
     prompts = [vlm.processor(messages) for messages in (TEXT, PICTURE)]
     answers = vlm._answers(prompts, {}, mr.Record())
-    assert [answer._config.max_new_tokens for answer in answers] == [256, 1000 - prompts[1].length]
+    assert [answer.config.max_new_tokens for answer in answers] == [256, 1000 - prompts[1].length]
     assert 0 < 1000 - prompts[1].length < 256
 
 
