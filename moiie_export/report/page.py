@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from moiie_export.report import about, balance, layers, logits, margins, routing, texts, verdict
+from moiie_export.report import about, balance, instance, layers, logits, margins, routing, texts, verdict
 from moiie_export.report.document import Document
 from moiie_export.report.html import visible
 from moiie_export.report.section import Section
@@ -18,6 +18,7 @@ from moiie_export.report.section import Section
 SECTIONS: tuple[Callable[[Document], Section | None], ...] = (
     verdict.section,
     layers.section,
+    instance.section,
     routing.section,
     balance.section,
     margins.section,

@@ -60,7 +60,7 @@ def test_the_bundle_itself_passes(base: Exported, moiie: Moiie) -> None:
     assert {"instruction", "instance routing", "hidden states", "KV cache", "logits", "text"} <= {
         check["stage"] for check in checks
     }
-    [case] = [case for case in result.document["data"]["cases"] if case["name"] == "picture"]
+    [case] = [case for case in result.document["cases"] if case["name"] == "picture"]
     assert sum(case["instance"]["move_weights"]) == pytest.approx(1)
     assert sum(case["instance"]["contributions"]) == pytest.approx(1)
     assert len(case["instance"]["mole_index"]) == 2
