@@ -12,7 +12,7 @@ import click
 
 from moiie_export.cli.common import CONTEXT, VERBOSE_OPTION, run_guarded
 
-VERBS = ("export", "run", "parity", "inspect", "upcycle", "recipe", "doctor")
+VERBS = ("demo", "export", "run", "parity", "inspect", "upcycle", "convert", "recipe", "doctor")
 
 EPILOG = """\b
 Examples:

@@ -67,7 +67,7 @@ def _bundle(path: Path) -> Iterator[Finding]:
     bundle.check_files()
     size = sum(record.bytes for record in bundle.files.values())
     yield Finding("bundle", "ok", f"{path}: {bundle.name}, {len(bundle.files)} files, {human_bytes(size)}")
-    request = Request(prompt_tokens=bundle.tokens.image_tokens + 100, new_tokens=256, images=True)
+    request = Request(prompt_tokens=bundle.tokens.image_tokens + 100, new_tokens=256, images=1)
     needed = estimate_memory(bundle, request).total
     available = available_memory()
     detail = f"a question about one picture takes about {human_bytes(needed)}"

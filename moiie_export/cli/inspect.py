@@ -64,15 +64,13 @@ def command(bundle: Path, verify: bool, as_json: bool) -> None:
 
 def summary(bundle: Bundle) -> dict[str, Any]:
     """What `bundle.json` says, less the long lists: completeness is counted, unreachable tensors are kept."""
-    from moiie_runtime.manifest import COMPONENTS
-
     raw = bundle.raw
     completeness = _map(raw.get("completeness"))
     unreachable, used = _map(completeness.get("unreachable")), _map(completeness.get("tensors"))
     kept = ("schema", "name", "created_by", "source", "dtype", "model", "tokens", "processor", "generation", "kv_cache")
     document = {name: raw.get(name) for name in kept}
     document["components"] = {
-        name: raw["components"][name] for name in (*COMPONENTS, *bundle.components) if name in bundle.components
+        name: raw["components"][name] for name in (*bundle.phases, *bundle.components) if name in bundle.components
     }
     document["residency"] = {
         phase: {"tensors": len(each.weights), "bytes": each.bytes} for phase, each in bundle.residency.items()

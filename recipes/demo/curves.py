@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,25 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def draw_curves(run: Path) -> list[Path]:
-    """Write loss.png, accuracy.png, balance.png and routing.png beside the log of a run; returns those it wrote."""
+Figures = Mapping[str, tuple[str, Sequence[str]]]
+"""File name without its ending -> title, and which numbers of the log it shows; a name with a star stands for all that
+begin with what is before it."""
+
+MOIIE: Figures = {
+    "loss": ("Cross entropy of the answers (mean over tokens)", ["answer"]),
+    "accuracy": ("Share of held-out questions answered, by kind", ["test*"]),
+    "balance": ("Load-balancing loss by modality (2 is balanced)", ["balance_vision", "balance_language"]),
+    "routing": ("Share of tokens by modality and expert", ["share_*"]),
+}
+
+
+def draw_curves(run: Path, figures: Figures = MOIIE) -> list[Path]:
+    """Write a PNG for each figure beside the log of a run; returns those that had something to show."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     x, marks = _places(records)
-    figures = {
-        "loss": ("Cross entropy of the answers (mean over tokens)", ["answer"]),
-        "accuracy": ("Share of held-out questions answered, by kind", _keys(records, "test")),
-        "balance": ("Load-balancing loss by modality (2 is balanced)", ["balance_vision", "balance_language"]),
-        "routing": ("Share of tokens by modality and expert", _keys(records, "share_")),
-    }
     written = []
-    for name, (title, keys) in figures.items():
+    for name, (title, wanted) in figures.items():
+        keys = [key for each in wanted for key in (_keys(records, each[:-1]) if each.endswith("*") else [each])]
         curves = [Curve(key, [(at, r[key]) for at, r in zip(x, records, strict=True) if key in r]) for key in keys]
         curves = [curve for curve in curves if len(curve.points) > 1]
         if curves:

@@ -49,6 +49,8 @@ class Forward:
     idle_work: torch.Tensor
     """How much is done to image tokens elsewhere than in vision experts: the mean square that dense layers at even
     indices and shared experts add to them, summed over layers."""
+    language_work: torch.Tensor
+    """The mean square that experts which text may reach would add to image tokens if all were sent to each of them."""
     router_logits: list[torch.Tensor]
 
 
@@ -60,7 +62,8 @@ def forward(model: VlmModel, embeds: torch.Tensor, rows: int, layout: Layout, de
     angles = (cos.to(embeds.dtype), sin.to(embeds.dtype))
     mask = torch.cat((torch.ones(len(layout.positions), shared, dtype=torch.bool), layout.mask), dim=1)
     modality = torch.cat((torch.zeros(shared, dtype=torch.int32), layout.token_modality.repeat(rows)))
-    x, routers, idle = embeds, [], embeds.new_zeros((), dtype=torch.float32)
+    x, routers = embeds, []
+    idle, language = embeds.new_zeros((), dtype=torch.float32), embeds.new_zeros((), dtype=torch.float32)
     vision = modality == 1
     for index, layer in enumerate(decoder.layers[:depth]):
         x = x + attention(layer.self_attn, rms_norm(layer.input_layernorm, x), angles, mask, shared)
@@ -68,13 +71,13 @@ def forward(model: VlmModel, embeds: torch.Tensor, rows: int, layout: Layout, de
         if isinstance(layer.mlp, MoeBlock):
             out, logits, shared_work = moe(layer.mlp, normed, modality)
             routers.append(logits)
-            idle = idle + shared_work
+            idle, language = idle + shared_work, language + language_work(layer.mlp, normed[vision].detach())
         else:
             out = gated_mlp(layer.mlp, normed)
             if index % 2 == 0 and vision.any():
                 idle = idle + out[vision].float().square().mean()
         x = x + out
-    return Forward(embeds, x, idle, routers)
+    return Forward(embeds, x, idle, language, routers)
 
 
 def rms_norm(module: RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -142,12 +145,24 @@ def moe(
     work = torch.zeros((), dtype=torch.float32)
     out = torch.zeros_like(x)
     for expert in block.moe.reachable:
-        banks = {expert: (block.experts[str(expert)].gate_up_proj, block.experts[str(expert)].down_proj)}
-        routed = expert_dispatch(x, ids, weights, banks)
+        routed = expert_dispatch(x, ids, weights, {expert: _bank(block, expert)})
         out = out + routed
         if expert in groups[0] and expert in groups[1] and vision.any():
             work = work + routed[vision].float().square().mean()
     return out, logits, work
+
+
+def language_work(block: MoeBlock, images: torch.Tensor) -> torch.Tensor:
+    """The mean square that each expert which text may reach makes of image tokens [n, H], summed over experts."""
+    work = torch.zeros((), dtype=torch.float32)
+    for expert in block.moe.expert_groups["language"] if len(images) else ():
+        work = work + expert_mlp(images, *_bank(block, expert)).float().square().mean()
+    return work
+
+
+def _bank(block: MoeBlock, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    module = block.experts[str(expert)]
+    return module.gate_up_proj, module.down_proj
 
 
 def modality_router(
@@ -180,12 +195,17 @@ def expert_dispatch(
 ) -> torch.Tensor:
     """Weighted sum [N, H] over the chosen experts; `experts`: id -> (gate_up_proj, down_proj)."""
     out = torch.zeros_like(hidden)
-    for expert, (gate_up_proj, down_proj) in experts.items():
+    for expert, bank in experts.items():
         rows, slots = torch.where(expert_ids == expert)
-        gate, up = F.linear(hidden[rows], gate_up_proj).chunk(2, dim=-1)
-        routed = F.linear(F.silu(gate) * up, down_proj) * expert_weights[rows, slots].unsqueeze(1).to(hidden.dtype)
+        routed = expert_mlp(hidden[rows], *bank) * expert_weights[rows, slots].unsqueeze(1).to(hidden.dtype)
         out = out.index_add(0, rows, routed)
     return out
+
+
+def expert_mlp(x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate) * up) of x [n, H] with weights [2I, H] and [H, I]."""
+    gate, up = F.linear(x, gate_up_proj).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down_proj)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

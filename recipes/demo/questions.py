@@ -11,7 +11,7 @@ from typing import Literal
 
 from moiie_recipes.demo.scenes import COLOURS, SHAPES, Scene, Thing
 
-Kind = Literal["colour", "shape", "position", "count", "comparison", "caption"]
+Kind = Literal["colour", "shape", "position", "count", "comparison", "caption", "letter"]
 
 KINDS: tuple[Kind, ...] = ("colour", "shape", "position", "count", "comparison")
 ONE_THING: tuple[Kind, ...] = ("colour", "shape", "position")
@@ -59,7 +59,8 @@ def ask_many(scene: Scene, count: int, rng: random.Random, kinds: tuple[Kind, ..
     return questions
 
 
-def _plural(word: str) -> str:
+def plural(word: str) -> str:
+    """Several of them."""
     return f"{word}es" if word.endswith("ss") else f"{word}s"
 
 
@@ -117,8 +118,8 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
     for attribute, values in (("shape", SHAPES), ("colour", tuple(COLOURS))):
         counts = Counter(getattr(thing, attribute) for thing in scene.things)
         for value in values:
-            plural = _plural(value) if attribute == "shape" else f"{value} things"
-            by_number.setdefault(counts[value], []).append(plural)
+            things = plural(value) if attribute == "shape" else f"{value} things"
+            by_number.setdefault(counts[value], []).append(things)
     number = rng.choice(sorted(by_number))
     return f"How many {rng.choice(by_number[number])} are there?", NUMBERS[number]
 

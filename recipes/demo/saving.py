@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from moiie_export.model.vlm import VlmModel
-from moiie_export.weight_map import CHECKPOINT, build_weight_map
+from moiie_export.weight_map import build_weight_map
+from moiie_export.weights import CHECKPOINT, WeightMap
 from moiie_recipes.demo.architecture import PREPROCESSOR, TOWER, TOWER_NAME, model_config
 from moiie_recipes.demo.tokenizer import BOS, EOS, save_tokenizer
 from moiie_runtime.tensor_writer import TensorWriter
@@ -54,29 +55,22 @@ def save_checkpoint(model: VlmModel, raw: dict[str, Any], directory: Path, dtype
     """
     directory.mkdir(parents=True, exist_ok=True)
     raw = {**raw, "torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(directory / "config.json", raw)
+    write_json(directory / "config.json", raw)
     save_tokenizer(directory)
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
-    _write_json(directory / "special_tokens_map.json", special)
+    write_json(directory / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": raw["tokenizer_model_max_length"]}
-    _write_json(directory / "tokenizer_config.json", {**settings, **special, "padding_side": "right"})
+    write_json(directory / "tokenizer_config.json", {**settings, **special, "padding_side": "right"})
     tower = directory.parent / TOWER_NAME
     tower.mkdir(exist_ok=True)
-    _write_json(tower / "config.json", TOWER)
-    _write_json(tower / "preprocessor_config.json", PREPROCESSOR)
-    tensors = {**_split_tensors(model, raw), **_unreached(raw)}
-    name = {torch.float16: "F16", torch.float32: "F32"}[dtype]
-    specs = {key: (name, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    temporary = directory / "model.safetensors.tmp"
-    with TensorWriter(temporary, specs, {"format": "pt"}) as file:
-        for key, tensor in tensors.items():
-            file.write(tensor.detach().to(dtype).contiguous().numpy(), key)
-    temporary.replace(directory / "model.safetensors")
-
-
-def _split_tensors(model: VlmModel, raw: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's parameters under the authors' names: the weight map read backwards."""
+    write_json(tower / "config.json", TOWER)
+    write_json(tower / "preprocessor_config.json", PREPROCESSOR)
     weight_map = build_weight_map(model.config, raw["vocab_size"], {CHECKPOINT: ()})
+    write_tensors(directory / "model.safetensors", split_tensors(model, weight_map) | _unreached(raw), dtype)
+
+
+def split_tensors(model: nn.Module, weight_map: WeightMap) -> dict[str, torch.Tensor]:
+    """The model's parameters under a checkpoint's names: the weight map read backwards."""
     parameters = dict(model.named_parameters())
     tensors: dict[str, torch.Tensor] = {}
     for weight in weight_map.weights:
@@ -87,6 +81,17 @@ def _split_tensors(model: VlmModel, raw: dict[str, Any]) -> dict[str, torch.Tens
             tensors[part.tensor] = stacked[start : start + count].view(part.shape)
             start += count
     return dict(sorted(tensors.items()))
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file in float16 or float32, under another name until it is whole."""
+    name = {torch.float16: "F16", torch.float32: "F32"}[dtype]
+    specs = {key: (name, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    temporary = path.with_name(f"{path.name}.tmp")
+    with TensorWriter(temporary, specs, {"format": "pt"}) as file:
+        for key, tensor in tensors.items():
+            file.write(tensor.detach().to(dtype).contiguous().numpy(), key)
+    temporary.replace(path)
 
 
 def _unreached(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -102,5 +107,6 @@ def _unreached(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a small JSON file whose bytes depend on its content alone."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -76,15 +76,38 @@ def make_scene(split: Split, seed: int, index: int, most: int = 5) -> Scene:
             return scene
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of PICTURE_SIZE squared."""
+@dataclass(frozen=True)
+class Placed:
+    """A thing as it is drawn: the middle and half the width of its place in pixels, and its exact colour."""
+
+    thing: Thing
+    colour: tuple[int, ...]
+    x: float
+    y: float
+    radius: float
+
+
+def place(scene: Scene) -> tuple[int, list[Placed]]:
+    """How a scene is drawn: the grey of its ground, and its things."""
     rng = random.Random(f"style/{scene.style}")  # noqa: S311
-    shade = rng.randint(20, 60)
-    picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), (shade, shade, shade))
-    canvas = ImageDraw.Draw(picture)
+    cell = PICTURE_SIZE / 3
+    shade, placed = rng.randint(20, 60), []
     for thing in scene.things:
         colour = tuple(min(255, max(0, value + rng.randint(-14, 14))) for value in COLOURS[thing.colour])
-        _draw_thing(canvas, thing, rng, colour)
+        radius = rng.uniform(30, 40)
+        x = (thing.column + 0.5) * cell + rng.uniform(-7, 7)
+        y = (thing.row + 0.5) * cell + rng.uniform(-7, 7)
+        placed.append(Placed(thing, colour, x, y, radius))
+    return shade, placed
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB picture of PICTURE_SIZE squared."""
+    shade, placed = place(scene)
+    picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), (shade, shade, shade))
+    canvas = ImageDraw.Draw(picture)
+    for each in placed:
+        _draw_thing(canvas, each, each.colour)
     return picture
 
 
@@ -94,16 +117,11 @@ def patch_labels(scene: Scene, patches: int) -> list[int]:
     Returns:
         0 for background, else 1 + shape * 6 + colour of the thing that covers at least an eighth of the square.
     """
-    rng = random.Random(f"style/{scene.style}")  # noqa: S311
-    rng.randint(20, 60)
     canvas_picture = Image.new("L", (PICTURE_SIZE, PICTURE_SIZE), 0)
     canvas = ImageDraw.Draw(canvas_picture)
-    for thing in scene.things:
-        for _ in range(3):  # the same draws as draw(), so that places agree
-            rng.randint(-14, 14)
-        _draw_thing(
-            canvas, thing, rng, 1 + SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour)
-        )
+    for each in place(scene)[1]:
+        shape, colour = SHAPES.index(each.thing.shape), list(COLOURS).index(each.thing.colour)
+        _draw_thing(canvas, each, 1 + shape * len(COLOURS) + colour)
     side = PICTURE_SIZE // patches
     labels = []
     for y in range(0, side * patches, side):
@@ -114,17 +132,14 @@ def patch_labels(scene: Scene, patches: int) -> list[int]:
     return labels
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, fill: int | tuple[int, ...]) -> None:
-    cell = PICTURE_SIZE / 3
-    radius = rng.uniform(30, 40)
-    x = (thing.column + 0.5) * cell + rng.uniform(-7, 7)
-    y = (thing.row + 0.5) * cell + rng.uniform(-7, 7)
-    if thing.shape == "circle":
+def _draw_thing(canvas: ImageDraw.ImageDraw, placed: Placed, fill: int | tuple[int, ...]) -> None:
+    shape, x, y, radius = placed.thing.shape, placed.x, placed.y, placed.radius
+    if shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    elif thing.shape == "square":
+    elif shape == "square":
         half = radius * 0.88
         canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
-    elif thing.shape == "triangle":
+    elif shape == "triangle":
         corners = [
             (x + 1.15 * radius * sin(a), y + 0.2 * radius - 1.15 * radius * cos(a)) for a in (0, 2 * pi / 3, 4 * pi / 3)
         ]

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moiie_export.model.moe import MoeBlock
 from moiie_export.model.vlm import VlmModel
 from moiie_export.model_config import Modality
 from moiie_recipes.demo.batches import (
@@ -41,13 +42,17 @@ class Settings:
     perception_steps: int = 500
     dense_steps: int = 1400
     align_steps: int = 200
-    sparse_steps: int = 2500
+    sparse_steps: int = 1200
+    specialise_steps: int = 500
     learning_rate: float = 1.5e-3
     balance: float = 0.001
     """Coefficient of each load-balancing loss, the authors' (spec moiie.md, 1.9)."""
     idle_work: float = 3.0
     """Cost of what dense layers and shared experts do to image tokens. So small a task is done by any one layer; this
     makes it the vision experts' task, so that their absence shows."""
+    language_work: float = 1.0
+    """In the last stage, cost of what experts of the language side would do to image tokens if they were sent there.
+    Upcycled experts begin as copies that can all see; these forget it."""
     image_rows: float = 0.1
     """Mean square above which image rows cost something when they enter the decoder. Left alone, the projector makes
     them so large that nothing the decoder's layers add to them matters, and then no expert has anything to do there."""
@@ -55,7 +60,7 @@ class Settings:
 
 PERCEPTION_DEPTH = 4
 """Layers of the decoder that learn to see before they learn to read: all but the last, which no image token is read from."""
-STAGES = ("perception", "dense", "align", "sparse")
+STAGES = ("perception", "dense", "align", "sparse", "specialise")
 
 
 @dataclass
@@ -73,6 +78,10 @@ class Stage:
             if self.name == "perception"
             else None
         )
+        self.peak = self.settings.learning_rate
+        self.floor = (
+            0.02 if self.name in ("sparse", "specialise") else 0.25
+        )  # stages before the last go on where they stopped
 
     @property
     def steps(self) -> int:
@@ -97,7 +106,32 @@ class Stage:
             return {1.0: [*tower, *decoder, *self.head.parameters()]}
         if self.name == "align":
             return {2.0: projector}
+        if self.name == "specialise":
+            experts = self._language_experts()
+            taught = {id(parameter) for parameter in experts}
+            return {0.6: experts, 0.05: [each for each in decoder if id(each) not in taught]}
         return {1.0: decoder, 0.1: tower} if self.name == "dense" else {0.6: decoder, 0.06: tower}
+
+    def _language_experts(self) -> list[nn.Parameter]:
+        """Parameters of the experts that text may reach."""
+        blocks = [layer.mlp for layer in self.model.decoder.layers if isinstance(layer.mlp, MoeBlock)]
+        return [
+            parameter
+            for block in blocks
+            for expert in block.moe.expert_groups["language"]
+            for parameter in block.experts[str(expert)].parameters()
+        ]
+
+    def orthogonal(self) -> frozenset[int]:
+        """Ids of the parameters that learn by Muon: the decoder's matrices, in stages that answer questions."""
+        if self.name not in ("dense", "sparse", "specialise"):
+            return frozenset()
+        return frozenset(
+            id(parameter)
+            for layer in self.model.decoder.layers
+            for name, parameter in layer.named_parameters()
+            if parameter.dim() > 1 and not name.endswith(("gate.weight", "gate_vis.weight"))
+        )
 
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of step number `step`, and numbers for the log."""
@@ -115,7 +149,9 @@ class Stage:
         size = rows[:, : self.layout.image_tokens].float().square().mean()
         numbers["image_rows"] = size.item()
         loss = loss + 0.1 * F.relu(size - self.settings.image_rows) + self.settings.idle_work * found.idle_work
-        numbers["idle_work"] = found.idle_work.item()
+        numbers |= {"idle_work": found.idle_work.item(), "language_work": found.language_work.item()}
+        if self.name == "specialise":
+            loss = loss + self.settings.language_work * found.language_work
         if found.router_logits:
             balances, shares = self._routing(found, batch)
             numbers |= shares
@@ -123,6 +159,12 @@ class Stage:
                 loss = loss + self.settings.balance * value
                 numbers[f"balance_{name}"] = value.item()
         return loss, numbers
+
+    def measure(self) -> dict[str, float]:
+        """Accuracy on held-out questions, in stages that answer some."""
+        from moiie_recipes.demo.watching import teacher_forced_accuracy
+
+        return {} if self.head is not None else teacher_forced_accuracy(self.model, self.tokenizer, self.layout)
 
     def _indices(self, step: int) -> list[int]:
         size = self.settings.pictures_per_step

@@ -73,6 +73,7 @@ def test_version(moiie: Moiie) -> None:
             "run",
         ),
         (["run", "x", "-p", "y", "--all-logits"], "--all-logits goes with --save-outputs", "`moiie run --help`"),
+        (["run", "x", "-p", "y", "--instruction", "z"], "--instruction goes with --raw", "`moiie run --help`"),
         (["run", "x", "--promt", "y"], "no such option", "`moiie run --help`"),
         (["parity", "x"], "missing option '--checkpoint'", "`moiie parity --help`"),
         (["inspect"], "missing argument 'BUNDLE'", "`moiie inspect --help`"),

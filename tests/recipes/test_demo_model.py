@@ -9,6 +9,7 @@ import pytest
 
 from moiie_export.checkpoint import Checkpoint
 from moiie_export.demo.evaluate import ablations, bundle_answers, prompts_of, pytorch_answers, score
+from moiie_export.demo.moiie import MOIIE
 from moiie_export.demo.shipped import export_demo, shipped_checkpoint
 from moiie_export.demo.show import show
 from moiie_export.model.load import load_model
@@ -17,12 +18,12 @@ from moiie_recipes.demo.held_out import held_out
 from moiie_runtime.vlm import VLM, load
 from tests.conftest import ROOT
 
-CHECKPOINT = shipped_checkpoint()
+CHECKPOINT = shipped_checkpoint(MOIIE)
 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> VLM:
-    return load(export_demo(tmp_path_factory.mktemp("demo")))
+    return load(export_demo(MOIIE, tmp_path_factory.mktemp("demo")))
 
 
 def size_of(path: Path) -> int:
@@ -43,7 +44,7 @@ def test_the_model_is_small_and_in_the_authors_format() -> None:
 
 def test_the_bundle_answers_held_out_questions(vlm: VLM) -> None:
     items = held_out(200, seed=0)
-    bundle = score(items, bundle_answers(vlm, items))
+    bundle = score(MOIIE, items, bundle_answers(MOIIE, vlm, items))
     assert bundle.overall >= 0.85
     assert bundle.one_thing >= 0.95
 
@@ -52,22 +53,25 @@ def test_pytorch_and_bundle_give_the_same_answers_and_need_the_picture(vlm: VLM)
     items = held_out(100, seed=1)
     with ModelSource.open(CHECKPOINT) as source:
         model = load_model(source, "float16")
-    answers = pytorch_answers(model, vlm, prompts_of(vlm, items))
-    assert answers == bundle_answers(vlm, items)
-    whole = score(items, answers).overall
-    found = {each.name: each.accuracy.overall for each in ablations(model, vlm, items)}
+    answers = pytorch_answers(MOIIE, model, vlm, prompts_of(MOIIE, vlm, items))
+    assert answers == bundle_answers(MOIIE, vlm, items)
+    whole = score(MOIIE, items, answers).overall
+    found = {each.name: each.accuracy.overall for each in ablations(MOIIE, model, vlm, items)}
     assert found["grey picture"] <= 0.45
     assert found["picture of another question"] <= 0.45
     assert found["vision experts zeroed"] <= whole - 0.10
     assert found["image tokens through the language gate"] <= whole - 0.10
-    assert pytorch_answers(model, vlm, prompts_of(vlm, items)) == answers, "an ablation left the model changed"
+    assert pytorch_answers(MOIIE, model, vlm, prompts_of(MOIIE, vlm, items)) == answers, (
+        "an ablation left the model changed"
+    )
 
 
 def test_the_demo_draws_asks_and_shows_the_routing(vlm: VLM, tmp_path: Path) -> None:
-    shown = show(vlm, tmp_path, seed=0)
+    shown = show(MOIIE, vlm, tmp_path, seed=0)
     assert shown.picture.is_file()
     assert len(shown.answers) == 3
     assert len({each.kind for each in shown.answers}) == 3
+    assert shown.routing is not None
     counts = shown.routing.counts
     vision_only, language_only = counts[:, 0], counts[:, 3]
     assert (vision_only[:, 0] == 0).all()
