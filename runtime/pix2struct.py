@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moiie_runtime.errors import MoiieError
 from moiie_runtime.vision_settings import PatchSettings
 
 Floats = NDArray[np.float32]
@@ -25,8 +26,17 @@ def patch_inputs(image: Image.Image, settings: PatchSettings) -> dict[str, Float
     Returns:
         `flattened_patches` [1, rows * columns, 2 + 3 * patch_size**2], `pool_matrix` [1, queries, rows * columns] and
         `grid_size` [1, 2] (width and height in patches), float32.
+
+    Raises:
+        MoiieError: the picture is so elongated that the encoder has no position for its last patches.
     """
     rows, columns = patch_grid(image.size, settings.patch_size, settings.max_patches)
+    if settings.positions is not None and max(rows, columns) >= settings.positions:
+        raise MoiieError(
+            f"the picture of {image.width} x {image.height} pixels takes {rows} x {columns} patches, "
+            f"but the encoder knows {settings.positions - 1} rows and columns",
+            "cut it into parts that are less elongated",
+        )
     return {
         "flattened_patches": flattened_patches(image, settings)[None],
         "pool_matrix": pool_matrix((rows, columns), settings.query_grid)[None],

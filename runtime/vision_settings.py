@@ -21,11 +21,16 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How a picture becomes `flattened_patches` and the matrix that pools them to `query_grid` (spec mome.md, 2)."""
+    """How a picture becomes `flattened_patches` and the matrix that pools them to `query_grid` (spec mome.md, 2).
+
+    `positions` is the length of the encoder's tables of rows and columns, which are counted from 1; None: long enough
+    for `max_patches`.
+    """
 
     patch_size: int
     max_patches: int
     query_grid: tuple[int, int]
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def _patch_settings(fields: Fields) -> PatchSettings:
         patch_size=fields.integer("patch_size", 1, 256),
         max_patches=fields.integer("max_patches", 1, 65536),
         query_grid=(grid[0], grid[1]),
+        positions=fields.optional_integer("positions", 2),
     )
 
 

@@ -62,7 +62,9 @@ def _cases(model: MomeModel) -> list[Case]:
         Case("every encoder with the same weight", list, zeroed(model.router.move.fc2.parameters())),
         *experts,
         Case("the first adapter for every question", list, zeroed(model.router.mole.fc2.parameters())),
-        Case("without adapters", list, zeroed(bank.scale for bank in model.mole.values())),  # type: ignore[union-attr]
+        Case(
+            "without adapters", list, zeroed(p for name, p in model.mole.named_parameters() if name.endswith("scale"))
+        ),
     ]
 
 

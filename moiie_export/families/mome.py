@@ -73,6 +73,7 @@ def _expert(config: MomeConfig, expert: VisionExpert) -> dict[str, Any]:
             "patch_size": tower.patch_size,
             "max_patches": tower.max_patches,
             "query_grid": list(config.query_grid),
+            "positions": tower.seq_len,
         }
     else:
         processor = {

@@ -37,7 +37,7 @@ def _expert(config: MomeConfig, expert: VisionExpert, prefix: str) -> dict[str, 
     facts: dict[str, Any] = {"name": expert.name, "tokens": rows * columns + leads, "cls": leads}
     if isinstance(tower, Pix2StructConfig):
         own = {"kind": "patches", "patch_size": tower.patch_size, "max_patches": tower.max_patches}
-        own |= {"query_grid": [rows, columns]}
+        own |= {"query_grid": [rows, columns], "positions": tower.seq_len}
     else:
         own = {"kind": "squash", "image_size": tower.image_size, "mean": CLIP_MEAN, "std": CLIP_STD}
         own |= {"rescale_factor": 1 / 255, "resample": "bicubic"}

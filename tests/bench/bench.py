@@ -53,10 +53,10 @@ class Worker:
 
     def sample(self, text_tokens: int, images: int, new_tokens: int) -> None:
         """Take one sample and note how much of the CPU others used meanwhile."""
-        before, own, started = _busy(), self._cpu(), time.monotonic()
+        before, own, started = busy_seconds(), self._cpu(), time.monotonic()
         answer = self.ask(f"sample {text_tokens} {images} {new_tokens}")
         capacity = (time.monotonic() - started) * (os.cpu_count() or 1)
-        answer["foreign"] = max(0.0, (_busy() - before) - (self._cpu() - own)) / capacity
+        answer["foreign"] = max(0.0, (busy_seconds() - before) - (self._cpu() - own)) / capacity
         self.samples.append(answer)
 
     def close(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _busy() -> float:
+def busy_seconds() -> float:
     """CPU seconds all processes have used."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     idle = int(fields[3]) + int(fields[4])
@@ -142,7 +142,7 @@ def main() -> None:
     )
     result = {
         "benchmark": "quick" if arguments.quick else "full",
-        "machine": {"cpu": _cpu_name(), "threads": threads, "python": platform.python_version()},
+        "machine": {"cpu": cpu_name(), "threads": threads, "python": platform.python_version()},
         "versions": {name: version(name) for name in ("moiie-export", "onnxruntime", "torch")},
         "beside": beside,
         "capacity": capacity,
@@ -153,7 +153,8 @@ def main() -> None:
             file.write(json.dumps(result, sort_keys=True) + "\n")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the system names it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 

@@ -102,24 +102,24 @@ def test_greedy_obeys_the_same_rule(changed, vlm, rule):
     assert found.token_ids != before.token_ids
 
 
-def test_a_batch_equals_its_requests_alone(vlm, monkeypatch):
+@pytest.mark.parametrize(("beams", "ends"), [(2, range(250, 350)), (4, range(200, 270))])
+def test_a_batch_equals_its_requests_alone(vlm, monkeypatch, beams, ends):
+    """So many tokens end an answer that searches are over at three different steps."""
     rows = [TEXT, PICTURED, SHORT, TEXT]
-    settings = {"max_new_tokens": 9, "num_beams": 4, "length_penalty": -1.0, "record": mr.Record(prefill_logits="all")}
-    ending = vlm.generate(TEXT, **settings).token_ids[5]  # then requests end at three different steps
-    alone = [vlm.generate(row, eos_token_id=ending, **settings) for row in rows]
+    settings = {"max_new_tokens": 9, "num_beams": beams, "eos_token_id": list(ends)}
+    record = mr.Record(prefill_logits="all")
+    alone = [vlm.generate(row, record=record, **settings) for row in rows]
     caches, release = [], vlm._decoder.release
     monkeypatch.setattr(vlm._decoder, "release", lambda cache: (caches.append(cache), release(cache)))
-    together = vlm.generate_batch(rows, eos_token_id=ending, **settings)
-    grown = caches[0].lengths.reshape(4, 4) - [[answer.prompt_tokens] for answer in together]
-    assert len({tuple(beams) for beams in grown.tolist()}) > 1  # requests that are finished take no more of the context
-    assert (grown == grown[:, :1]).all()
-    assert len({len(answer.token_ids) for answer in alone}) == 3
-    assert {answer.finish_reason for answer in alone} == {"stop", "length"}
+    together = vlm.generate_batch(rows, record=record, **settings)
     for found, expected in zip(together, alone, strict=True):
         assert (found.token_ids, found.text) == (expected.token_ids, expected.text)
         assert found.finish_reason == expected.finish_reason
         assert found.prefill_logits.shape == expected.prefill_logits.shape == (found.prompt_tokens, 352)
         np.testing.assert_allclose(found.prefill_logits, expected.prefill_logits, atol=1e-4, rtol=1e-4)
+    grown = caches[0].lengths.reshape(4, beams) - [[answer.prompt_tokens] for answer in together]
+    assert (grown == grown[:, :1]).all()
+    assert len({*grown[:, 0]}) == 3  # a search that is over takes no more of the context
 
 
 def test_prompts_and_pictures_are_run_once(golden_bundle, monkeypatch):

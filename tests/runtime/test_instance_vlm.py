@@ -65,6 +65,29 @@ def test_text_alone_uses_adapters_and_no_encoder(vlm, graphs):
     assert answer.instance.contributions is None
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("messages", [TEXT, PICTURED])
+def test_weights_of_router_and_encoders_go_after_the_prefill(vlm, graphs, monkeypatch, beams, messages):
+    seen = []
+    monkeypatch.setattr(vlm._decoder, "release_prefill_weights", lambda: seen.append(dict(graphs.runs)))
+    vlm.generate(messages, num_beams=beams)
+    [runs] = seen
+    assert runs["decoder_prefill"] == 1
+    assert "decoder_decode" not in runs
+
+
+def test_what_goes_is_everything_that_decode_does_not_use(tmp_path, monkeypatch):
+    data = made.manifest()
+    names = {"router": ["r"], "vision_clip": ["c", "d"], "prefill": ["p", "d"], "decode": ["d", "mole.0.scale"]}
+    for phase, weights in names.items():
+        data["residency"][phase]["weights"] = weights
+    seen = []
+    monkeypatch.setattr("moiie_runtime.decoder.weight_views", lambda header, names: seen.extend(names) or [])
+    with made.load(made.write(tmp_path / "bundle", data), made.Graphs()) as model:
+        model.generate(PICTURED)
+    assert seen == ["c", "p", "r"]
+
+
 def test_another_question_on_the_picture_runs_no_encoder(vlm, graphs):
     first = vlm.generate(PICTURED)
     other = vlm.generate([{"role": "user", "content": [IMAGE, "Where is it?"]}])
