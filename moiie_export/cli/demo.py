@@ -74,7 +74,9 @@ class _Evaluation:
 @JSON_OPTION
 @VERBOSE_OPTION
 def command(name: str, output: Path, checkpoint: Path | None, as_json: bool, **options: Any) -> None:
-    """Export a small trained model, prove the bundle, and ask it about a picture.
+    """Export a small trained model, check it, and ask it.
+
+    It draws a picture, answers questions about it and shows where the experts were used.
 
     With --eval it measures instead: the share of right answers of the PyTorch model and of the bundle, from 0 to 1.
     """

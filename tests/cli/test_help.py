@@ -55,7 +55,7 @@ def test_version(moiie: Moiie) -> None:
     ("arguments", "error", "hint"),
     [
         (["exprt"], "there is no verb 'exprt'; did you mean `moiie export`?", "`moiie --help`"),
-        (["zzz"], "there is no verb 'zzz'; the verbs are export, run, parity", "`moiie --help`"),
+        (["zzz"], "there is no verb 'zzz'; the verbs are demo, export, run", "`moiie --help`"),
         ([], "say what to do: a verb is missing", "`moiie --help`"),
         (["recipe"], "say what to do: a verb is missing", "`moiie recipe --help`"),
         (["export", "x"], "missing option '-o' / '--output'", "`moiie export --help`"),

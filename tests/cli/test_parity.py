@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moiie_export.parity.report import Report, judge
+from moiie_export.report import render
 from tests.cli.conftest import Moiie
 from tests.conftest import GOLDEN
 
@@ -63,6 +64,44 @@ def test_cases_come_from_a_recipe(moiie: Moiie, bundle: Path, monkeypatch: pytes
     assert moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--recipe", recipe).code == 0
     [case] = asked["cases"]  # type: ignore[misc]
     assert (case.prompt, case.images) == ("p", (tmp_path / "a.png",))
+
+
+def test_a_report_is_written_when_parity_holds(
+    moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reported(monkeypatch, 1e-6)
+    page = tmp_path / "made" / "report.html"
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--report", page, "--json")
+    assert (result.code, result.err.strip()) == (0, f"written: {page}")
+    assert result.document["passed"] is True
+    assert page.read_text(encoding="utf-8") == render(result.document), "the page can be made again from the document"
+
+
+def test_a_report_is_written_when_parity_fails_and_the_error_names_it(
+    moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    reported(monkeypatch, 0.5)
+    page, pictures = tmp_path / "report.html", tmp_path / "pictures"
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--report", page, "--png", pictures)
+    assert result.code == 3
+    assert f"see {page} and 1 picture in {pictures}" in result.error
+    assert "is not the model of its checkpoint" in page.read_text(encoding="utf-8")
+    assert [path.name for path in pictures.iterdir()] == ["error-by-layer.png"]
+
+
+def test_what_a_report_cannot_be_written_to_is_refused_before_anything_runs(
+    moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = reported(monkeypatch, 0.0)
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--report", tmp_path)
+    assert (result.code, result.error) == (1, f"{tmp_path}: is a directory")
+    monkeypatch.setattr("moiie_export.cli.sources.find_spec", lambda name: None if name == "matplotlib" else object())
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--png", tmp_path / "pictures")
+    assert (result.code, result.error) == (4, "this needs packages that are not installed: matplotlib")
+    assert "pip install 'moiie-export[report]'" in result.hint
+    assert not asked
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_refusals(moiie: Moiie, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import moiie_runtime
 from moiie_runtime.tensors import TensorFile
 from tests.cli.conftest import Moiie
 from tests.conftest import GoldenCase
+from tests.runtime import instance_bundle
 
 CASE = GoldenCase("moiie_phi3")
 QUESTION = "What is shown in the picture?"
@@ -114,6 +118,61 @@ def test_sampling_repeats_with_its_seed(moiie: Moiie, bundle: Path) -> None:
     assert tokens("--top-k", 1) == TOKENS
 
 
+def test_beams_answer_as_the_runtime_does(moiie: Moiie, bundle: Path) -> None:
+    options = ("--num-beams", 3, "--repetition-penalty", 1.5, "--length-penalty", -1)
+    with moiie_runtime.load(bundle, threads=1) as vlm:
+        expected = vlm.generate(
+            [{"role": "user", "content": [CASE.images[0], QUESTION]}],
+            max_new_tokens=len(TOKENS),
+            num_beams=3,
+            repetition_penalty=1.5,
+            length_penalty=-1.0,
+        )
+    result = moiie(*ask(bundle, "--json", *options))
+    assert result.document["token_ids"] == list(expected.token_ids) != TOKENS
+    assert "step_logits" not in result.document
+    assert moiie(*ask(bundle, *options)).out == expected.text + "\n"
+
+
+def test_steps_of_beams_are_not_saved(moiie: Moiie, bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.safetensors"
+    assert moiie(*ask(bundle, "--num-beams", 2, "--save-outputs", path)).code == 0
+    assert sorted(TensorFile(path)) == ["prefill_logits"]
+
+
+def test_beams_and_one_beam_as_the_bundle_and_the_options_say(moiie: Moiie, bundle: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = json.loads((root / "bundle.json").read_text(encoding="utf-8"))
+    manifest["generation"] |= {"num_beams": 4, "repetition_penalty": 1.5}
+    (root / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    given = moiie(*ask(bundle, "--json", "--num-beams", 4, "--repetition-penalty", 1.5)).document["token_ids"]
+    assert moiie(*ask(root, "--json")).document["token_ids"] == given
+    greedy = ("--num-beams", 1, "--repetition-penalty", "1.0")
+    assert moiie(*ask(root, "--json", *greedy)).document["token_ids"] == TOKENS
+
+
+def test_predicted_memory_counts_beams(moiie: Moiie, bundle: Path) -> None:
+    def cache(*more: object) -> str:
+        return moiie(*ask(bundle, *more)).err.split("kv cache ")[1].split(",")[0]
+
+    assert cache("--num-beams", 2) != cache()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--num-beams", 3, "--temperature", 0.5], "num_beams=3 and do_sample=True exclude each other"),
+        (["--num-beams", 3, "--routing"], "routing cannot be recorded with num_beams=3"),
+        (["--length-penalty", 2], "length_penalty=2.0 has no effect with num_beams=1"),
+        (["--num-beams", 2, "--length-penalty", "nan"], "length_penalty must be a number from -10 to 10"),
+    ],
+)
+def test_beams_refuse_what_does_not_go_with_them(moiie: Moiie, bundle: Path, options: list[object], error: str) -> None:
+    result = moiie(*ask(bundle, *options))
+    assert (result.code, result.out) == (1, "")
+    assert error in result.error
+
+
 def test_stop_ends_before_its_text(moiie: Moiie, bundle: Path) -> None:
     text = moiie(*ask(bundle, "--json")).document["text"]
     stop = text[len(text) // 2 :][:2]
@@ -135,6 +194,7 @@ def test_stop_ends_before_its_text(moiie: Moiie, bundle: Path) -> None:
         (["-p", "a", "-i", "TEXT"], "is not a picture"),
         (["-p", "a", "--max-new-tokens", "5000"], "4096"),
         (["-p", "a", "--save-outputs", "nowhere/x.safetensors"], "there is no directory nowhere"),
+        (["-p", "a", "--raw", "--instruction", "a"], "no instance router reads an instruction"),
     ],
 )
 def test_refusals_before_anything_runs(
@@ -159,3 +219,38 @@ def test_no_bundle(moiie: Moiie, tmp_path: Path) -> None:
     result = moiie("run", tmp_path / "none", "-p", "a")
     assert (result.code, result.error) == (1, f"{tmp_path / 'none'}: no such bundle")
     assert "moiie export" in result.hint
+
+
+RAW_MOME = "USER: <Img><image></Img>\x1eWhat is this? ASSISTANT: "
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-p", "What is this?"], ["-p", RAW_MOME, "--raw", "--instruction", "What is this?"]],
+    ids=["question", "raw prompt"],
+)
+def test_json_tells_what_the_instruction_chose(
+    moiie: Moiie, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    root, graphs = instance_bundle.write(tmp_path / "bundle"), instance_bundle.Graphs()
+    monkeypatch.setattr("moiie_runtime.vlm.get_backend", lambda _: lambda *_, component, **__: graphs(component))
+    document = moiie("run", root, "-i", CASE.images[0], "--json", *words).document
+    with moiie_runtime.load(root) as vlm:
+        expected = vlm.generate([{"role": "user", "content": [CASE.images[0], "What is this?"]}])
+    assert expected.move_weights is not None
+    assert expected.mole_index is not None
+    assert document["token_ids"] == list(expected.token_ids)
+    assert document["move_weights"] == expected.move_weights.tolist()
+    assert document["mole_index"] == expected.mole_index.tolist()
+
+
+def test_a_raw_prompt_alone_does_not_tell_the_instruction(moiie: Moiie, tmp_path: Path) -> None:
+    root = instance_bundle.write(tmp_path / "bundle")
+    result = moiie("run", root, "-i", CASE.images[0], "-p", RAW_MOME, "--raw")
+    assert (result.code, result.out) == (1, "")
+    assert "chooses its experts by the instruction" in result.error
+    assert "--instruction" in result.hint
+
+
+def test_json_of_other_bundles_has_no_such_keys(moiie: Moiie, bundle: Path) -> None:
+    assert not {"move_weights", "mole_index"} & set(moiie(*ask(bundle, "--json", "--max-new-tokens", 1)).document)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from moiie_export.checkpoint import Checkpoint
+from moiie_export.cli.demo import command
 from moiie_export.demo.charts import write_shares
 from moiie_export.demo.evaluate import ablations, generations, prompts_of, pytorch_answers, score
 from moiie_export.demo.mome import MOME
@@ -25,8 +28,13 @@ ITEMS = MOME.held_out(60, 0)
 
 
 @pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> VLM:
-    return load(export_demo(MOME, tmp_path_factory.mktemp("demo")))
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def vlm(directory: Path) -> VLM:
+    return load(export_demo(MOME, directory))
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +106,14 @@ def test_the_demo_draws_asks_and_shows_the_routing(vlm: VLM, tmp_path: Path) -> 
         assert each.instance is not None
         assert set(each.instance) == {"move_weights", "contributions", "mole_index"}
         assert list(each.instance["mole_index"]) == ["0", "1", "2", "3"]
+
+
+def test_the_command_measures_and_says_what_each_kind_was_routed_to(vlm: VLM, directory: Path) -> None:
+    arguments = ["--family", "mome", "-o", str(directory), "--eval", "10", "--json"]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["pytorch_accuracy"] == document["bundle_accuracy"]
+    assert list(document["contributions"]) == list(MOME.kinds)
+    assert set(document["move_weights"]["letter"]) == {"clip", "dino", "pix2struct"}
+    assert "ablations" not in document
