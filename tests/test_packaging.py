@@ -58,7 +58,9 @@ def test_the_wheel_holds_every_source_file_and_recipe(wheel: zipfile.ZipFile) ->
         if path.suffix in (".py", ".yaml", ".css", ".jinja")
     }
     assert expected <= held
-    models = re.compile(r"moiie_recipes/demo/(mome/)?(model|siglip-[^/]+)/(sentence_encoder/)?[^/]+\.(json|safetensors)")
+    models = re.compile(
+        r"moiie_recipes/demo/(mome/)?(model|siglip-[^/]+)/(sentence_encoder/)?[^/]+\.(json|safetensors)"
+    )
     assert all(name.endswith(".typed") or models.fullmatch(name) for name in held - expected)
 
 

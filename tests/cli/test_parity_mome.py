@@ -129,3 +129,21 @@ def test_another_adapter_is_taken(base: Exported, moiie: Moiie, tmp_path: Path) 
 
     first = failures(moiie, base, with_tensors(base, tmp_path, lead))[0]
     assert (first["stage"], first["phase"], first["where"]) == ("instance routing", "router", "adapters")
+
+
+def test_a_forced_tie_takes_the_first_adapter_on_both_sides(base: Exported, moiie: Moiie, tmp_path: Path) -> None:
+    """In layer 0 adapters 1 and 2 lead, with equal logits whatever the instruction says."""
+    router = "language_model.model.layers.0.mlp.mole.router.fc2."
+
+    def tie(tensors: Tensors) -> Tensors:
+        weight, bias = tensors[f"{router}weight"], tensors[f"{router}bias"]
+        level = torch.tensor([0, 1, 1, 0], dtype=bias.dtype)
+        return tensors | {f"{router}weight": torch.zeros_like(weight), f"{router}bias": level}
+
+    bundle = with_tensors(base, tmp_path, tie)
+    result = moiie("parity", bundle, "--checkpoint", tmp_path / "checkpoint", "--json")
+    assert result.code == 0, result.err
+    cases = [case["instance"] for case in result.document["cases"]]
+    assert len(cases) == 3
+    for case in cases:
+        assert (case["mole_index"][0], case["mole_margins"][0], case["ties"]) == (1, 0, 0)
