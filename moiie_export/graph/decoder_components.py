@@ -74,7 +74,9 @@ class _Prefill(nn.Module):
         past: list[KeyValue],
         adapters: _Chosen,
     ) -> tuple[torch.Tensor, ...]:
-        return _flatten(self.decoder(inputs_embeds, token_modality, past_lengths, logits_to_keep, past, _named(adapters)))
+        return _flatten(
+            self.decoder(inputs_embeds, token_modality, past_lengths, logits_to_keep, past, _named(adapters))
+        )
 
 
 class _Decode(nn.Module):
