@@ -57,7 +57,8 @@ def close(exported: Exported, actual: np.ndarray, key: str) -> None:
 def test_vision_features(exported: Exported) -> None:
     if exported.prompt.pixel_values is None:
         pytest.skip("the case has no image")
-    features, projected = exported.graphs.vision(exported.prompt.pixel_values)
+    outputs = exported.graphs.run("vision_encoder", {"pixel_values": exported.prompt.pixel_values})
+    features, projected = outputs["vision_features"], outputs["image_features"]
     close(exported, features, "vision_features")
     close(exported, projected, "projected_features")
 
