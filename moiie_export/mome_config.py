@@ -18,8 +18,8 @@ class AdtConfig:
 
 
 @dataclass(frozen=True)
-class EvaConfig:
-    """EVA ViT without its last layer and final norm; the class token is kept (section 2)."""
+class _SquareTower:
+    """A transformer over the patches of a square picture and a class token."""
 
     hidden_size: int
     intermediate_size: int
@@ -28,7 +28,6 @@ class EvaConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float
-    projector_norm_eps: float
 
     @property
     def grid(self) -> int:
@@ -37,21 +36,15 @@ class EvaConfig:
 
 
 @dataclass(frozen=True)
-class DinoConfig:
+class EvaConfig(_SquareTower):
+    """EVA ViT without its last layer and final norm; the class token is kept (section 2)."""
+
+    projector_norm_eps: float
+
+
+@dataclass(frozen=True)
+class DinoConfig(_SquareTower):
     """DINOv2 with its final norm; the class token is dropped, positions are baked for `image_size` (section 2)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
-    layer_norm_eps: float
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True)

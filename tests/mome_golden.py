@@ -29,6 +29,7 @@ from moiie_export.mome_config import (
     VisionExpert,
 )
 from moiie_export.prompts import LLAMA3
+from moiie_runtime.pix2struct import pool_matrix
 from tests import mome_official as official
 
 GOLDEN = Path(__file__).parent / "golden" / "mome"
@@ -94,6 +95,11 @@ def sentence_tokens(sentences: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer.enable_padding()
     encoded = tokenizer.encode_batch(sentences)
     return torch.tensor([item.ids for item in encoded]), torch.tensor([item.attention_mask for item in encoded])
+
+
+def pooling_matrix(grid: tuple[int, int], bins: tuple[int, int]) -> torch.Tensor:
+    """What the host feeds for a grid (rows, columns): [bins[0] * bins[1], grid[0] * grid[1]]."""
+    return torch.from_numpy(pool_matrix(grid, bins))
 
 
 def mome_config(about: dict[str, Any], llm: dict[str, Any]) -> MomeConfig:

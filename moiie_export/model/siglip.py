@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 from torch import nn
 
+from moiie_export.model.patches import run_layers
 from moiie_export.model_config import VisionConfig
 
 
@@ -87,12 +88,7 @@ class SiglipTower(nn.Module):
         return torch.cat(features, dim=2)
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:  # [n, 3, S, S] -> [n, P, C]
-        x = self.embeddings(pixels)
-        images, patches, channels = x.shape
-        x = x.reshape(images * patches, channels)
-        for layer in self.layers:
-            x = layer(x, images)
-        return x.view(images, patches, channels)
+        return run_layers(self.layers, self.embeddings(pixels))
 
     def _scale(self, pixels: torch.Tensor, scale: int) -> torch.Tensor:
         """One S2 scale: resize, cut into tiles of the tower's size, encode, put together, average down."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moiie_export.model.mome.transformer import EncoderLayer
+from moiie_export.model.patches import embed_patches, run_layers
 from moiie_export.mome_config import DinoConfig
 
 
@@ -21,9 +22,7 @@ class DinoEmbeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:  # [n, 3, S, S] -> [n, 1 + P, C]
         """Embeddings, class token first, patches in row-major order."""
-        patches = self.patch_projection(pixels).flatten(2).transpose(1, 2)
-        first = self.cls_token.expand(pixels.shape[0], -1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embeddings
+        return embed_patches(pixels, self.patch_projection, self.cls_token, self.position_embeddings)
 
 
 class DinoTower(nn.Module):
@@ -38,9 +37,4 @@ class DinoTower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixel_values [n, 3, S, S] -> patch tokens [n, P, C] in row-major order."""
-        x = self.embeddings(pixels)
-        images, tokens, channels = x.shape
-        x = x.reshape(images * tokens, channels)
-        for layer in self.layers:
-            x = layer(x, images)
-        return self.layernorm(x.view(images, tokens, channels)[:, 1:])
+        return self.layernorm(run_layers(self.layers, self.embeddings(pixels))[:, 1:])

@@ -72,7 +72,7 @@ class VisionPix2Struct(nn.Module):
 
         Args:
             flattened_patches: [n, P, 2 + 3 * patch ** 2], real patches only, row-major.
-            pool_matrix: [n, Q, P], adaptive average pooling of each grid (pooling.py).
+            pool_matrix: [n, Q, P], adaptive average pooling of each grid (moiie_runtime.pix2struct.pool_matrix).
             grid_size: [n, 2] float32, (width, height) in patches.
 
         Returns:

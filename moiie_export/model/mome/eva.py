@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moiie_export.model.mome.transformer import EncoderLayer
+from moiie_export.model.patches import embed_patches, run_layers
 from moiie_export.mome_config import EvaConfig
 
 
@@ -25,9 +26,7 @@ class EvaEmbeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:  # [n, 3, S, S] -> [n, 1 + P, C]
         """Embeddings, class token first, patches in row-major order."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(pixels.shape[0], -1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding
+        return embed_patches(pixels, self.patch_embedding, self.class_embedding, self.position_embedding)
 
 
 class EvaTower(nn.Module):
@@ -41,9 +40,4 @@ class EvaTower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixel_values [n, 3, S, S] -> residual stream behind the last layer [n, 1 + P, C]."""
-        x = self.embeddings(pixels)
-        images, tokens, channels = x.shape
-        x = x.reshape(images * tokens, channels)
-        for layer in self.layers:
-            x = layer(x, images)
-        return x.view(images, tokens, channels)
+        return run_layers(self.layers, self.embeddings(pixels))

@@ -19,11 +19,6 @@ def side_matrix(length: int, bins: int, device: torch.device | None = None) -> t
     return inside.float() / (end - first).float()
 
 
-def pooling_matrix(grid: tuple[int, int], bins: tuple[int, int]) -> torch.Tensor:
-    """[bins[0] * bins[1], grid[0] * grid[1]] for row-major maps; grid and bins as (rows, columns)."""
-    return torch.kron(side_matrix(grid[0], bins[0]), side_matrix(grid[1], bins[1]))
-
-
 def pool(features: torch.Tensor, grid: tuple[int, int], bins: tuple[int, int]) -> torch.Tensor:
     """Row-major maps [n, grid[0] * grid[1], C] -> [n, bins[0] * bins[1], C], one side after the other."""
     images, _, channels = features.shape

@@ -17,9 +17,8 @@ from moiie_export.model.decoder import DecoderOutput
 from moiie_export.model.layers import Adapter
 from moiie_export.model.mome.encoders import visual_tokens
 from moiie_export.model.mome.model import MomeModel
-from moiie_export.model.mome.pooling import pooling_matrix
 from moiie_export.model.mome.router import InstanceRouting
-from tests.mome_golden import STEPS, MomeCase, golden_model, minilm, patches, sentence_tokens, squashed
+from tests.mome_golden import STEPS, MomeCase, golden_model, minilm, patches, pooling_matrix, sentence_tokens, squashed
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiie_export.model.mome.adt import Adt
-from moiie_export.model.mome.pooling import pool, pooling_matrix, side_matrix
+from moiie_export.model.mome.pooling import pool, side_matrix
 from moiie_export.mome_config import AdtConfig
 from tests import mome_official as official
+from tests.mome_golden import pooling_matrix
 
 Grid = tuple[int, int]
 BINS = (16, 16)
