@@ -14,21 +14,25 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def build_tokenizer() -> Tokenizer:
-    """A tokenizer in LLaMA-3's manner: byte-level, so that any text has tokens, with BOS in front."""
+    """A tokenizer in LLaMA-3's manner, with BOS in front."""
+    return byte_level_bpe(_corpus(), BOS, EOS)
+
+
+def byte_level_bpe(corpus: list[str], bos: str, eos: str) -> Tokenizer:
+    """A byte-level BPE, so that any text has tokens, whose merges make every word of the corpus one token; bos in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,
-        special_tokens=[BOS, EOS],
+        special_tokens=[bos, eos],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
-    bos = tokenizer.token_to_id(BOS)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos)]
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
     return tokenizer
 

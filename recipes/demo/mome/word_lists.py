@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import string
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from moiie_recipes.demo.mome.letters import LETTERS
 from moiie_recipes.demo.questions import NUMBERS
 from moiie_recipes.demo.scenes import COLOURS, COLUMNS, ROWS, SHAPES
+from moiie_recipes.demo.tokenizer import byte_level_bpe
 
 BOS, EOS = "<s>", "</s>"
 PREFIX, SUFFIX, ASSISTANT = "USER: <Img>", "</Img>", " ASSISTANT: "
@@ -19,27 +20,9 @@ _FRAMES = "What colour shape Where Which letter How many is are the thing things
 
 
 def decoder_tokenizer() -> Tokenizer:
-    """Byte-level BPE, so that any text has tokens, whose merges make every word of the questions one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    words = [*SHAPES, *_PLURALS, *COLOURS, *ROWS, *COLUMNS, *NUMBERS, *LETTERS]
-    frames = _FRAMES.split()
-    corpus = [PREFIX, SUFFIX, f"?{ASSISTANT}", *words, *frames, *(f" {word}" for word in [*words, *frames])]
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS}:1 $B:1",
-        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
-    )
-    return tokenizer
+    """The decoder's, with every word of the questions as one token, at the beginning of a piece or within it."""
+    words = [*SHAPES, *_PLURALS, *COLOURS, *ROWS, *COLUMNS, *NUMBERS, *LETTERS, *_FRAMES.split()]
+    return byte_level_bpe([PREFIX, SUFFIX, f"?{ASSISTANT}", *words, *(f" {word}" for word in words)], BOS, EOS)
 
 
 def sentence_tokenizer() -> Tokenizer:
