@@ -85,6 +85,9 @@ def command(name: str, output: Path, checkpoint: Path | None, as_json: bool, **o
 
     need_extra("cpu")
     need_extra("export")
+    seed, charts = options["seed"], options["charts"]
+    if charts is not None:
+        need_extra("report")
     import moiie_runtime
     from moiie_export.demo.families import demo_family
     from moiie_export.demo.shipped import export_demo, shipped_checkpoint
@@ -94,8 +97,12 @@ def command(name: str, output: Path, checkpoint: Path | None, as_json: bool, **o
     progress = Progress()
     bundle = export_demo(family, output, found, progress)
     progress.finish()
-    seed, charts = options["seed"], options["charts"]
     with moiie_runtime.load(bundle) as vlm:
+        if charts is not None and vlm.bundle.instance_router is None:
+            raise MoiieError(
+                "--png: this model weighs no vision experts, so there is nothing to draw",
+                "leave --png out, or add --family mome",
+            )
         if options["count"] or options["ablate"] or charts is not None:
             wanted = _Evaluation(options["count"] or 500, seed, options["ablate"], charts)
             _evaluate(family, vlm, found, wanted, as_json)
@@ -104,6 +111,7 @@ def command(name: str, output: Path, checkpoint: Path | None, as_json: bool, **o
 
 
 def _evaluate(family: DemoFamily, vlm: VLM, checkpoint: Path, wanted: _Evaluation, as_json: bool) -> None:
+    from moiie_export.demo.charts import write_shares
     from moiie_export.demo.evaluate import ablations, generations, prompts_of, pytorch_answers, score
     from moiie_export.demo.shares import shares_by_kind
     from moiie_export.model.load import load_model
@@ -115,10 +123,11 @@ def _evaluate(family: DemoFamily, vlm: VLM, checkpoint: Path, wanted: _Evaluatio
     note(f"{wanted.count} held-out questions, seed {wanted.seed}")
     answers = generations(family, vlm, items)
     bundle = score(family, items, [each.text for each in answers])
-    pytorch = score(family, items, pytorch_answers(family, model, vlm, prompts_of(family, vlm, items)))
-    without = ablations(family, model, vlm, items) if wanted.ablate else []
+    prompts = prompts_of(family, vlm, items)
+    pytorch = score(family, items, pytorch_answers(family, model, vlm, prompts))
+    without = ablations(family, model, vlm, items, prompts) if wanted.ablate else []
     shares = shares_by_kind(family, vlm.bundle.encoders, items, answers)
-    chart = _chart(wanted.charts, shares)
+    chart = None if wanted.charts is None else write_shares(wanted.charts, shares)
     if as_json:
         emit_json(_document(wanted, {"pytorch": pytorch, "bundle": bundle}, without, shares))
         return
@@ -130,19 +139,6 @@ def _evaluate(family: DemoFamily, vlm: VLM, checkpoint: Path, wanted: _Evaluatio
         click.echo(_shares_table(shares))
     if chart is not None:
         note(f"wrote {chart}")
-
-
-def _chart(directory: Path | None, shares: dict[str, Shares]) -> Path | None:
-    from moiie_export.demo.charts import write_shares
-
-    if directory is None:
-        return None
-    if not shares:
-        raise MoiieError(
-            "--png: this model weighs no vision experts, so there is nothing to draw",
-            "leave --png out, or add --family mome",
-        )
-    return write_shares(directory, shares)
 
 
 def _percent(accuracy: Accuracy) -> list[str]:

@@ -6,21 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moiie_export.demo.shares import Shares
-from moiie_runtime.errors import MissingDependency
 
 FILE = "contributions.png"
 
 
 def write_shares(directory: Path, shares: Mapping[str, Shares]) -> Path:
-    """Write a bar chart into `directory`; returns its file.
+    """Write a bar chart into `directory`; returns its file. Needs matplotlib, of the extra `report`."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        MissingDependency: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependency("pictures need matplotlib", "pip install 'moiie-export[report]'") from error
     names = list(next(iter(shares.values())).contributions)
     figure = Figure(figsize=(7.5, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots()

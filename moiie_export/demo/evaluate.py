@@ -71,20 +71,16 @@ def generations(family: DemoFamily, vlm: VLM, items: Sequence[Asked]) -> list[Ge
     return found
 
 
-def bundle_answers(family: DemoFamily, vlm: VLM, items: Sequence[Asked]) -> list[str]:
-    """What the bundle answers."""
-    return [each.text for each in generations(family, vlm, items)]
-
-
 def pytorch_answers(family: DemoFamily, model: Any, vlm: VLM, prompts: Sequence[Prompt]) -> list[str]:
     """What the PyTorch model answers to the same prompts."""
     ids = greedy_ids(family, model, vlm, prompts, NEW_TOKENS)
     return [vlm.processor.tokenizer.decode(row).strip() for row in ids]
 
 
-def ablations(family: DemoFamily, model: Any, vlm: VLM, items: Sequence[Asked]) -> list[Ablation]:
-    """Accuracy of the PyTorch model with each part taken away in turn."""
-    prompts = prompts_of(family, vlm, items)
+def ablations(
+    family: DemoFamily, model: Any, vlm: VLM, items: Sequence[Asked], prompts: list[Prompt]
+) -> list[Ablation]:
+    """Accuracy of the PyTorch model with each part taken away in turn; `prompts` are those of the items."""
     pictures = [
         Case("grey picture", _grey, nullcontext()),
         Case("picture of another question", _swapped, nullcontext()),

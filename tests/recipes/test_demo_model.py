@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moiie_export.checkpoint import Checkpoint
-from moiie_export.demo.evaluate import ablations, bundle_answers, prompts_of, pytorch_answers, score
+from moiie_export.demo.evaluate import ablations, generations, prompts_of, pytorch_answers, score
 from moiie_export.demo.moiie import MOIIE
 from moiie_export.demo.shipped import export_demo, shipped_checkpoint
 from moiie_export.demo.show import show
@@ -44,7 +44,7 @@ def test_the_model_is_small_and_in_the_authors_format() -> None:
 
 def test_the_bundle_answers_held_out_questions(vlm: VLM) -> None:
     items = held_out(200, seed=0)
-    bundle = score(MOIIE, items, bundle_answers(MOIIE, vlm, items))
+    bundle = score(MOIIE, items, [each.text for each in generations(MOIIE, vlm, items)])
     assert bundle.overall >= 0.85
     assert bundle.one_thing >= 0.95
 
@@ -54,9 +54,11 @@ def test_pytorch_and_bundle_give_the_same_answers_and_need_the_picture(vlm: VLM)
     with ModelSource.open(CHECKPOINT) as source:
         model = load_model(source, "float16")
     answers = pytorch_answers(MOIIE, model, vlm, prompts_of(MOIIE, vlm, items))
-    assert answers == bundle_answers(MOIIE, vlm, items)
+    assert answers == [each.text for each in generations(MOIIE, vlm, items)]
     whole = score(MOIIE, items, answers).overall
-    found = {each.name: each.accuracy.overall for each in ablations(MOIIE, model, vlm, items)}
+    found = {
+        each.name: each.accuracy.overall for each in ablations(MOIIE, model, vlm, items, prompts_of(MOIIE, vlm, items))
+    }
     assert found["grey picture"] <= 0.45
     assert found["picture of another question"] <= 0.45
     assert found["vision experts zeroed"] <= whole - 0.10

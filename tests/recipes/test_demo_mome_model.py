@@ -74,7 +74,7 @@ def test_pytorch_gives_the_same_answers(vlm: VLM, model: Any, answered: list[Gen
 
 def test_parts_taken_away_are_missed_and_come_back(vlm: VLM, model: Any) -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found = {each.name: each.accuracy for each in ablations(MOME, model, vlm, ITEMS)}
+    found = {each.name: each.accuracy for each in ablations(MOME, model, vlm, ITEMS, prompts_of(MOME, vlm, ITEMS))}
     assert found["grey picture"].overall <= 0.45
     assert found["picture of another question"].overall <= 0.45
     assert found["without clip"].by_kind["colour"] <= 0.5
