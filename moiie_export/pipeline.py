@@ -56,10 +56,10 @@ class ExportResult:
 def plan(request: ExportRequest) -> Plan:
     """What `export_bundle` would do. The checkpoint is opened, checked and hashed; nothing is written."""
     with _open(request) as source:
-        stages = _stages(request, source)
-        workspace = Workspace.look(request.output)
-        name = describe_model(source, request.recipe, _capacity(request, source))["name"]
-        return Plan(workspace.plan(stages, request.force), planned_bytes(source, request.recipe.export.dtype), name)
+        described = describe_model(source, request.recipe, _capacity(request, source))
+        stages = _stages(request, source, described)
+        plans = Workspace.look(request.output).plan(stages, request.force)
+        return Plan(plans, planned_bytes(source, request.recipe.export.dtype), described["name"])
 
 
 def export_bundle(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
@@ -74,8 +74,8 @@ def export_bundle(request: ExportRequest, progress: Progress | None = None) -> E
     started = time.monotonic()
     report = progress or (lambda *_: None)
     with _open(request) as source:
-        stages = _stages(request, source)
         described = describe_model(source, request.recipe, _capacity(request, source))
+        stages = _stages(request, source, described)
         workspace = Workspace.look(request.output)
         plans = workspace.plan(stages, request.force)
         finished = None if request.force else workspace.finished(stages)
@@ -105,13 +105,13 @@ def _capacity(request: ExportRequest, source: ModelSource) -> int:
     return wanted or config.max_context
 
 
-def _stages(request: ExportRequest, source: ModelSource) -> list[Stage]:
+def _stages(request: ExportRequest, source: ModelSource, described: Mapping[str, Any]) -> list[Stage]:
     """Weights first: the graphs refer to their offsets."""
-    dtype, capacity = request.recipe.export.dtype, _capacity(request, source)
+    dtype, capacity = request.recipe.export.dtype, described["kv_cache"]["capacity"]
     weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), dtype)
     graphs = fingerprint(GRAPH_CODE, repr(source.config), dtype, capacity)
     texts = text_files(source)
-    described, pictures = describe_model(source, request.recipe, capacity), request.recipe.calibration.images
+    pictures = request.recipe.calibration.images
     check_calibration(described, pictures)
 
     def graph_stage(name: str) -> Callable[[Path, Progress], Mapping[str, Any]]:
