@@ -42,7 +42,6 @@ def _sections(source: ModelSource) -> dict[str, Any]:
             "component": "router",
             "tokenizer": SENTENCE_TOKENIZER,
             "max_length": config.sentence.max_length,
-            "num_adapters": config.mole.num_experts,
         },
         "adapters": {
             "layers": list(config.mole.layers),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moiie_export.parity.cases import Question
 from moiie_export.parity.decoder_stage import CaseRun
 from moiie_export.parity.reference import Inputs, Reference
 from moiie_export.parity.report import Check
+from moiie_export.parity.text import first_difference
 from moiie_runtime.beam_search import BeamSearch
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.generation_config import GenerationConfig
@@ -31,13 +34,13 @@ def compare_beams(vlm: VLM, reference: Reference, question: Question, prompt: Pr
         found = vlm.generate(question.messages, max_new_tokens=length, do_sample=False).token_ids
     except MoiieError as error:  # the prompt is sound and fits; what is wrong then is the bundle
         return [Check("beams", "equal tokens", 0, len(expected), False, case=question.name, note=error.message)]
-    pairs = zip([*expected, None], [*found, None], strict=False)
-    same = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(expected))
+    diverges, where = first_difference(expected, found), f"{config.num_beams} beams"
+    place: dict[str, Any] = {"where": where, "case": question.name}
+    if diverges is None:
+        return [Check("beams", "equal tokens", len(expected), len(expected), True, **place)]
     decode = vlm.processor.tokenizer.decode
-    note = "" if found == expected else f"token {same}: {decode(found)!r} instead of {decode(expected)!r}"
-    where = f"{config.num_beams} beams"
-    passed = found == expected
-    return [Check("beams", "equal tokens", same, len(expected), passed, where=where, case=question.name, note=note)]
+    note = f"token {diverges}: {decode(found)!r} instead of {decode(expected)!r}"
+    return [Check("beams", "equal tokens", diverges, len(expected), False, **place, note=note)]
 
 
 def _reference_answer(

@@ -19,7 +19,6 @@ def mome_facts(config: MomeConfig) -> dict[str, dict[str, Any]]:
     facts["instance router"] = {
         "instance_router.component": "router",
         "instance_router.max_length": config.sentence.max_length,
-        "instance_router.num_adapters": config.mole.num_experts,
     }
     facts["adapters"] = {
         "adapters.layers": list(config.mole.layers),

@@ -94,8 +94,7 @@ def _logits(generation: Generation, run: CaseRun, same: int, bounds: Bounds, cas
 
 
 def _answers(vlm: VLM, found: list[int], expected: list[int], logits: Sequence[Array], bounds: Bounds) -> Answers:
-    pairs = zip([*expected, None], [*found, None], strict=False)
-    diverges = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    diverges = first_difference(expected, found)
     gap, near = None, False
     if diverges is not None and diverges < min(len(expected), len(found)):
         row = logits[diverges]
@@ -116,6 +115,12 @@ def _answers(vlm: VLM, found: list[int], expected: list[int], logits: Sequence[A
         gap,
         near,
     )
+
+
+def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:
+    """Index of the first token that differs, an end where the other goes on included; None when all are equal."""
+    pairs = zip([*expected, None], [*found, None], strict=False)
+    return next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
 
 
 def _until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
