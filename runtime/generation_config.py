@@ -109,6 +109,9 @@ class GenerationConfig:
         return result
 
 
+SETTINGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in ("eos_token_id", "stop_strings"))
+"""Names of the settings that are one plain value: what a bundle's defaults and a command line can hold."""
+
 # Settings that only act on draws, with the value that asks for none.
 _DRAWING = {"temperature": 0, "top_k": 0, "top_p": 1}
 

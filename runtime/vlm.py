@@ -21,7 +21,7 @@ from moiie_runtime.decoder import Decoder
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.feature_cache import FeatureCache
 from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generate, stream
-from moiie_runtime.generation_config import GenerationConfig
+from moiie_runtime.generation_config import SETTINGS, GenerationConfig
 from moiie_runtime.images import ImageSource
 from moiie_runtime.kv_cache import KVCache
 from moiie_runtime.memory import Request, check_memory, estimate_memory, parse_size
@@ -31,17 +31,6 @@ from moiie_runtime.sessions import Sessions
 from moiie_runtime.vision import Vision
 
 FEATURE_CACHE = 64 * 2**20
-_DEFAULTS = (
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "num_beams",
-    "length_penalty",
-    "seed",
-)
 
 
 def load(
@@ -301,7 +290,7 @@ class VLM:
 
 
 def _default_config(bundle: Bundle) -> GenerationConfig:
-    given = {name: bundle.generation[name] for name in _DEFAULTS if bundle.generation.get(name) is not None}
+    given = {name: bundle.generation[name] for name in SETTINGS if bundle.generation.get(name) is not None}
     try:
         return GenerationConfig(**given, eos_token_id=bundle.tokens.eos)
     except MoiieError as error:

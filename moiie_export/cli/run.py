@@ -172,17 +172,9 @@ def _prompt(text: str, raw: bool) -> str:
 
 def _generation(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were given; the bundle has the others."""
-    names = (
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "num_beams",
-        "length_penalty",
-        "seed",
-    )
-    given = {name: wanted[name] for name in names if wanted[name] is not None}
+    from moiie_runtime.generation_config import SETTINGS
+
+    given = {name: wanted[name] for name in SETTINGS if wanted.get(name) is not None}
     return given | ({"stop_strings": wanted["stop_strings"]} if wanted["stop_strings"] else {})
 
 
