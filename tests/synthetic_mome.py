@@ -13,7 +13,8 @@ from moiie_export.convert.settings import load_settings
 from moiie_export.families import family_of
 from moiie_export.weights import CHECKPOINT
 from moiie_runtime.tensors import save_tensors
-from tests.mome_layout import GOLDEN, minilm
+from tests.mome_golden import minilm
+from tests.mome_layout import GOLDEN
 
 SIZES: dict[str, Any] = {
     "text_config": {

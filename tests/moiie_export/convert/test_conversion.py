@@ -22,7 +22,8 @@ from moiie_export.mome_weight_map import build_mome_weight_map
 from moiie_export.weights import CHECKPOINT, check_tensors
 from moiie_runtime.tensors import TensorFile
 from tests.moiie_export.model.mome.conftest import MomeCase, golden_model
-from tests.mome_layout import GOLDEN, SIZES, OfficialLayout, Tensors, first_stage, minilm
+from tests.mome_golden import minilm
+from tests.mome_layout import GOLDEN, SIZES, OfficialLayout, Tensors, first_stage
 
 DINO_LAYER = "dino_tower.encoder.layer.0.attention.attention."
 

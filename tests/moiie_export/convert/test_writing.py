@@ -17,7 +17,8 @@ import pytest
 from moiie_export.convert import convert
 from moiie_export.source import BLOCK_BYTES
 from moiie_runtime.errors import MoiieError
-from tests.mome_layout import SIZES, OfficialLayout, minilm
+from tests.mome_golden import minilm
+from tests.mome_layout import SIZES, OfficialLayout
 
 KILLED = """
 import os, signal, sys
