@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moiie_export.families import family_of
+from moiie_export.quantize.packing import INPUT_SCALE, SCALES
+from moiie_export.quantize.scheme import Scheme
 from moiie_export.source import ModelSource
 from moiie_export.weights_stage import WEIGHTS_FILE
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -20,8 +22,17 @@ GRAPH_CODE = 4
 """Raised whenever tracing or passes would write another graph for the same model."""
 
 
-def write_graph(name: str, source: ModelSource, capacity: int, directory: Path) -> Mapping[str, Any]:
+def write_graph(
+    name: str, source: ModelSource, capacity: int, directory: Path, schemes: Mapping[str, Scheme] | None = None
+) -> Mapping[str, Any]:
     """Write onnx/<name>.onnx into the bundle under construction.
+
+    Args:
+        name: the component.
+        source: the checkpoint, its weight map as the weights file holds it.
+        capacity: tokens of the key-value buffers.
+        directory: the bundle.
+        schemes: weight -> how it is quantised, of those that are.
 
     Returns:
         Notes for the manifest: inputs, outputs, op_counts, weights (parameters used) and weight_bytes.
@@ -41,7 +52,7 @@ def write_graph(name: str, source: ModelSource, capacity: int, directory: Path) 
 
     component = next(item for item in family_of(source.config).components(source.config, capacity) if item.name == name)
     header = read_header(directory / WEIGHTS_FILE)
-    context = PassContext(component, source.weight_map, header, Path(WEIGHTS_FILE).name)
+    context = PassContext(component, source.weight_map, header, Path(WEIGHTS_FILE).name, schemes or {})
     model = trace(component, empty_model(source))
     for graph_pass in PORTABLE:
         graph_pass(model, context)
@@ -66,7 +77,7 @@ def _check(path: Path, name: str) -> None:
 
 def _describe(model: ir.Model, source: ModelSource) -> dict[str, Any]:
     parameters = source.weight_map.by_parameter()
-    used = sorted(name for name in model.graph.initializers if name in parameters)
+    used = sorted(name for name in model.graph.initializers if _owner(name) in parameters)
     stored = {name: model.graph.initializers[name].const_value for name in used}
     counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph)
     return {
@@ -76,6 +87,11 @@ def _describe(model: ir.Model, source: ModelSource) -> dict[str, Any]:
         "weights": used,
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values() if tensor is not None),
     }
+
+
+def _owner(name: str) -> str:
+    """The parameter that a stored tensor belongs to: itself, or the one whose scales it holds."""
+    return name.removesuffix(INPUT_SCALE).removesuffix(SCALES)
 
 
 def _signature(value: ir.Value) -> dict[str, Any]:

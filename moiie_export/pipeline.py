@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from moiie_export.calibration_stage import CALIBRATION_CODE, calibrate, check_ca
 from moiie_export.completeness import prove
 from moiie_export.families import family_of
 from moiie_export.graph_stage import GRAPH_CODE, write_graph
+from moiie_export.quantize.islands import find_islands, with_islands
+from moiie_export.quantize.rules import Resolved, resolve
 from moiie_export.recipe import Recipe
 from moiie_export.source import ModelSource
 from moiie_export.stages import Progress, Stage, StagePlan, StageRecord, Workspace, fingerprint
-from moiie_export.weights_stage import WEIGHTS_CODE, WEIGHTS_FILE, planned_bytes, write_weights
+from moiie_export.statistics_stage import Statistics
+from moiie_export.weights_stage import WEIGHTS_CODE, WEIGHTS_FILE, WeightsJob
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import sha256_file
 
@@ -56,10 +59,11 @@ class ExportResult:
 def plan(request: ExportRequest) -> Plan:
     """What `export_bundle` would do. The checkpoint is opened, checked and hashed; nothing is written."""
     with _open(request) as source:
+        resolved, statistics = _resolve(request, source)
         described = describe_model(source, request.recipe, _capacity(request, source))
-        stages = _stages(request, source, described)
+        stages = _stages(request, source, (resolved, statistics), described)
         plans = Workspace.look(request.output).plan(stages, request.force)
-        return Plan(plans, planned_bytes(source, request.recipe.export.dtype), described["name"])
+        return Plan(plans, WeightsJob.of(source, resolved).nbytes, described["name"])
 
 
 def export_bundle(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
@@ -74,8 +78,9 @@ def export_bundle(request: ExportRequest, progress: Progress | None = None) -> E
     started = time.monotonic()
     report = progress or (lambda *_: None)
     with _open(request) as source:
+        resolved, statistics = _resolve(request, source, report)
         described = describe_model(source, request.recipe, _capacity(request, source))
-        stages = _stages(request, source, described)
+        stages = _stages(request, source, (resolved, statistics), described)
         workspace = Workspace.look(request.output)
         plans = workspace.plan(stages, request.force)
         finished = None if request.force else workspace.finished(stages)
@@ -95,6 +100,18 @@ def _open(request: ExportRequest) -> ModelSource:
     return ModelSource.open(request.checkpoint, request.vision_tower or request.recipe.model.vision_tower)
 
 
+def _resolve(
+    request: ExportRequest, source: ModelSource, progress: Progress | None = None
+) -> tuple[Resolved, Statistics]:
+    """How each weight is stored; the source's stacks are taken apart where their experts differ."""
+    recipe = request.recipe
+    islands = find_islands(recipe.export.islands, source, recipe.calibration.cases, progress)
+    section = with_islands(recipe.quantization, islands)
+    resolved = resolve(section, recipe.export.dtype, source.weight_map, source.config)
+    source.weight_map = resolved.weight_map
+    return resolved, Statistics.plan(recipe, source, resolved, tuple(islands))
+
+
 def _capacity(request: ExportRequest, source: ModelSource) -> int:
     config, wanted = source.config, request.recipe.export.max_context
     if wanted is not None and wanted > config.text.max_position_embeddings:
@@ -105,24 +122,29 @@ def _capacity(request: ExportRequest, source: ModelSource) -> int:
     return wanted or config.max_context
 
 
-def _stages(request: ExportRequest, source: ModelSource, described: Mapping[str, Any]) -> list[Stage]:
+def _stages(
+    request: ExportRequest, source: ModelSource, storage: tuple[Resolved, Statistics], described: Mapping[str, Any]
+) -> list[Stage]:
     """Weights first: the graphs refer to their offsets."""
-    dtype, capacity = request.recipe.export.dtype, described["kv_cache"]["capacity"]
-    weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), dtype)
-    graphs = fingerprint(GRAPH_CODE, repr(source.config), dtype, capacity)
+    resolved, statistics = storage
+    capacity = described["kv_cache"]["capacity"]
+    stored = {name: repr(form) for name, form in resolved.forms.items()}
+    weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), stored, *statistics.inputs)
+    graphs = fingerprint(GRAPH_CODE, repr(source.config), stored, capacity)
     texts = text_files(source)
     pictures = request.recipe.calibration.images
     check_calibration(described, pictures)
+    job = replace(WeightsJob.of(source, resolved), fingerprint=weights, resume=not request.force)
 
     def graph_stage(name: str) -> Callable[[Path, Progress], Mapping[str, Any]]:
-        return lambda directory, _: write_graph(name, source, capacity, directory)
+        return lambda directory, _: write_graph(name, source, capacity, directory, resolved.schemes)
 
     return [
         Stage(
             "weights",
             weights,
             (WEIGHTS_FILE,),
-            lambda directory, progress: write_weights(source, dtype, directory / WEIGHTS_FILE, progress),
+            lambda directory, progress: statistics.write(job, directory, progress),
         ),
         *(
             Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name))
@@ -162,7 +184,8 @@ def _files(records: Mapping[str, StageRecord]) -> dict[str, Any]:
 
 def _manifest(described: Mapping[str, Any], source: ModelSource, records: Mapping[str, StageRecord]) -> dict[str, Any]:
     graphs = {name: record.notes for name, record in records.items() if "inputs" in record.notes}
-    used = {name: list(notes["weights"]) for name, notes in graphs.items()}
+    parameters = source.weight_map.by_parameter()
+    used = {name: [each for each in notes["weights"] if each in parameters] for name, notes in graphs.items()}
     phases = {name: name.removeprefix("decoder_") for name in graphs}
     residency = {
         phases[name]: {"weights": notes["weights"], "bytes": notes["weight_bytes"]} for name, notes in graphs.items()
@@ -179,6 +202,7 @@ def _manifest(described: Mapping[str, Any], source: ModelSource, records: Mappin
             for name, notes in graphs.items()
         },
         "residency": residency,
+        **records["weights"].notes,
         "completeness": prove(source.config, source.weight_map, used),
         "files": _files(records),
         "stages": {name: vars(record) for name, record in records.items()},

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moiie_export.recipe_document import Node, parse_document, read_document
+from moiie_export.recipe_parity import (
+    CalibrationSection,
+    ParitySection,
+)
 from moiie_export.recipe_problems import Problem, RecipeError
+from moiie_export.recipe_quantization import QuantizationSection
 from moiie_export.recipe_schema import Checker, Limits, json_schema, key, show
+from moiie_export.recipe_targets import TargetSection
 from moiie_runtime.errors import MoiieError
 
 SCHEMA = 1
 _OWN = ("schema", "name", "description", "extends")
 """Keys that are about one file and are not inherited."""
 _MAX_INT = 2**31 - 1
-_FRACTION = Limits(minimum=0, maximum=1)
 _AT_LEAST_ONE = Limits(minimum=1, maximum=_MAX_INT)
-_BOUND = Limits(minimum=0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class ExportSection:
         "Longest prompt plus answer in tokens (the KV cache's capacity); null: the model's own limit.",
         None,
         limits=_AT_LEAST_ONE,
+    )
+    islands: tuple[str, ...] = key(
+        "Linear layers that stay float32 because float16 could not hold what flows through them: auto (measured on "
+        "calibration.cases), none, or names of weights with * ? [ ] as in file names.",
+        (),
+        limits=Limits(single=True),
     )
 
 
@@ -71,56 +81,6 @@ class GenerationSection:
 
 
 @dataclass(frozen=True)
-class ParityCase:
-    """One prompt that the bundle and the checkpoint both answer."""
-
-    prompt: str = key("The question, as for `moiie run -p`.")
-    images: tuple[Path, ...] = key("Pictures, relative to the recipe file.", ())
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far the bundle may be from the checkpoint. An error is max|difference| / max(1, max|reference|)."""
-
-    vision_error: float = key("Image features.", 2e-4, limits=_BOUND)
-    hidden_error: float = key("Hidden states after each layer.", 2e-4, limits=_BOUND)
-    kv_error: float = key("Keys and values of each layer.", 2e-4, limits=_BOUND)
-    logits_error: float = key("Logits.", 2e-4, limits=_BOUND)
-    routing_agreement: float = key("Share of tokens, ties apart, that go to the same experts.", 1.0, limits=_FRACTION)
-    tie_margin: float = key(
-        "A token whose experts differ is a tie below this gap of router probability.", 1e-5, limits=_BOUND
-    )
-    tie_fraction: float = key("Largest share of ties.", 0.01, limits=_FRACTION)
-
-
-@dataclass(frozen=True)
-class BoundsByDtype:
-    """Bounds for each storage type."""
-
-    float32: Bounds = key("For bundles with dtype float32.", factory=Bounds)
-    float16: Bounds = key("For bundles with dtype float16 (both sides compute in float32).", factory=Bounds)
-
-
-@dataclass(frozen=True)
-class ParitySection:
-    """What `moiie parity` compares and what it tolerates."""
-
-    cases: tuple[ParityCase, ...] = key("Prompts to compare; none: a made-up picture and text.", ())
-    bounds: BoundsByDtype = key("Tolerances, per storage type.", factory=BoundsByDtype)
-
-
-@dataclass(frozen=True)
-class CalibrationSection:
-    """Pictures of the kind that the model will see, for what export measures."""
-
-    images: tuple[Path, ...] = key(
-        "Pictures, relative to the recipe file. With several vision experts, the size of their features is measured, "
-        "which the runtime's skip_below needs.",
-        (),
-    )
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A checked recipe. `path` is the file it came from."""
 
@@ -130,9 +90,11 @@ class Recipe:
     extends: str | None = key("Parent: a shipped recipe's name, or a path relative to this file.", None)
     model: ModelSection = key("Which checkpoint.", factory=ModelSection)
     export: ExportSection = key("What the bundle holds.", factory=ExportSection)
-    calibration: CalibrationSection = key("Pictures to measure on.", factory=CalibrationSection)
+    calibration: CalibrationSection = key("Pictures and prompts to measure on.", factory=CalibrationSection)
+    quantization: QuantizationSection = key("Which weights are quantised.", factory=QuantizationSection)
     generation: GenerationSection = key("Defaults of `moiie run`.", factory=GenerationSection)
     parity: ParitySection = key("What `moiie parity` compares and tolerates.", factory=ParitySection)
+    targets: tuple[TargetSection, ...] = key("Targets of `moiie build`, beside the built-in ones.", ())
     path: Path | None = None
 
     def resolved(self, absolute_paths: bool = False) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Dataclasses as a schema: checks a tree against them, and prints them as JSON Schema.
 
 A key is a dataclass field made with `key(...)`; its annotation says the type, its metadata the limits and the help text.
-Understood annotations: bool, int, float, str, Path, Literal of strings, `X | None`, tuple[X, ...] and dataclasses of these.
+Understood annotations: bool, int, float, str, Path, Literal of strings or numbers, `X | None`, tuple[X, ...] and
+dataclasses of these. A dataclass may have a method `contradictions` that yields (key, what is wrong, hint or None).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a key's value may be, beyond its type."""
+    """What a key's value may be, beyond its type. `single`: a list of one may be written as its only item."""
 
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
+    single: bool = False
 
     def broken_by(self, value: float) -> str | None:
         """What was expected of `value`, or None when it is within the limits."""
@@ -76,7 +78,15 @@ class Checker:
         for name, each in known.items():
             if name not in node.value and each.default is MISSING and each.default_factory is MISSING:
                 self.problems.append(Problem(node.file, node.line, f"{where}.{name}" if where else name, "missing key"))
-        return cls(**values) if len(self.problems) == before else None
+        return self._consistent(cls(**values), node, where) if len(self.problems) == before else None
+
+    def _consistent(self, built: T, node: Node, where: str) -> T | None:
+        """`built`, unless it says that its keys contradict each other."""
+        before = len(self.problems)
+        for name, text, hint in getattr(built, "contradictions", tuple)():
+            child = cast("dict[str, Node]", node.value).get(name.partition("[")[0], node)
+            self.problems.append(Problem(child.file, child.line, f"{where}.{name}" if where else name, text, hint))
+        return built if len(self.problems) == before else None
 
     def _suggest(self, name: str, known: list[str]) -> str:
         close = difflib.get_close_matches(name, known, n=1)
@@ -98,14 +108,16 @@ class Checker:
             return self.build(cast("type[Any]", kind), node, where)
         origin = get_origin(kind)
         if origin is tuple:
-            return self._list(get_args(kind)[0], node, where)
+            return self._list(get_args(kind)[0], node, where, limits)
         if origin is Literal:
             return self._choice(get_args(kind), node, where)
         if kind in (int, float):
             return self._number(kind, node, where, limits)
         return self._plain(kind, node, where)
 
-    def _list(self, kind: Any, node: Node, where: str) -> tuple[Any, ...]:
+    def _list(self, kind: Any, node: Node, where: str, limits: Limits) -> tuple[Any, ...]:
+        if limits.single and not isinstance(node.value, list):
+            return (self._value(kind, node, where, Limits()),)
         if not isinstance(node.value, list):
             self._expected("a list", node, where)
             return ()
@@ -184,7 +196,9 @@ def _type_schema(kind: Any, limits: Limits) -> dict[str, Any]:
     if is_dataclass(kind):
         return json_schema(cast("type[Any]", kind))
     if get_origin(kind) is tuple:
-        return {"type": "array", "items": _type_schema(get_args(kind)[0], Limits())}
+        items = _type_schema(get_args(kind)[0], Limits())
+        listed = {"type": "array", "items": items}
+        return {"anyOf": [items, listed]} if limits.single else listed
     if get_origin(kind) is Literal:
         choices = list(get_args(kind))
         return {"type": _JSON_TYPES[type(choices[0])], "enum": choices}

@@ -122,17 +122,24 @@ class ModelSource:
             found |= {f"vision_tower/{name}": digest for name, digest in self.tower.file_hashes().items()}
         return found
 
-    def _part_blocks(self, part: Part) -> Iterator[npt.NDArray[np.float32]]:
+    def part_rows(self, part: Part, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows [start, stop) of a part as float32, checked to be finite; any thread may call it.
+
+        Raises:
+            MoiieError: NaN or infinity, naming the checkpoint's tensor and row.
+        """
         source = self.tower if part.source == TOWER else self.checkpoint
         if source is None:
             raise RuntimeError(f"{part.tensor}: its source was not opened")
+        block = source.rows(part.tensor, start, stop)
+        check_finite(block, part.tensor, source.path / source.tensors[part.tensor].file, start)
+        return block
+
+    def _part_blocks(self, part: Part) -> Iterator[npt.NDArray[np.float32]]:
         rows = part.used_shape[0]
         step = max(1, BLOCK_BYTES // (4 * max(1, prod(part.shape[1:]))))
         for start in range(0, rows, step):
-            block = source.rows(part.tensor, start, min(rows, start + step))
-            check_finite(block, part.tensor, source.path / source.tensors[part.tensor].file, start)
-            yield block
-            del block  # before the next one is read
+            yield self.part_rows(part, start, min(rows, start + step))
 
 
 def _find_tower(checkpoint: Checkpoint, override: Path | None) -> tuple[Path | None, dict[str, Any] | None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from moiie_runtime.adapters import BANKS
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.quantized_weights import Unpacking, unpacking
 from moiie_runtime.residency import weight_views
 from moiie_runtime.tensors import TensorFile, TensorInfo
 from moiie_runtime.vision_settings import Encoder, PatchSettings
@@ -102,14 +103,16 @@ def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstima
     positions = rows * min(request.prompt_tokens + request.new_tokens, bundle.kv_cache.capacity)
     kept = max(rows, request.batch * request.prompt_tokens if request.all_logits else 0)
     adapters = _adapter_bytes(bundle, request)
+    unpacked = _unpacked(bundle, header, request)
+    halves = sum(graph.half for graph in unpacked) if bundle.quantization else once + prefill + decode
     mapped = request.batch == 1 and not copied  # a single float32 choice is used where it lies
     features = request.images * sum(encoder.tokens for encoder in bundle.encoders) * model.hidden_size * _FLOAT32
     return MemoryEstimate(
         # Decode uses a part of what prefill uses.
-        weights=0 if copied else once + max(prefill, decode) + (adapters if mapped else 0),
-        copies=(int(_COPY * (once + prefill + decode)) if copied else 0) + (0 if mapped else adapters),
+        weights=0 if copied and not bundle.quantization else once + max(prefill, decode) + (adapters if mapped else 0),
+        copies=(int(_COPY * halves) if copied or bundle.quantization else 0) + (0 if mapped else adapters),
         kv_cache=2 * model.num_hidden_layers * positions * model.num_key_value_heads * model.head_dim * _FLOAT32,
-        activations=activations,
+        activations=activations + sum(graph.floats for graph in unpacked),
         logits=kept * model.vocab_size * _FLOAT32,
         pictures=request.picture_bytes + request.feature_bytes + features,
     )
@@ -159,11 +162,23 @@ def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], reque
     return _FLOAT32 * (scores + request.batch * tokens * (6 * model.hidden_size + 2 * heads + 2 * widest))
 
 
+def _unpacked(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> list[Unpacking]:
+    """What each graph takes for multiplying quantised weights out; nothing when no weight is quantised."""
+    if not bundle.quantization:
+        return []
+    phases = ["prefill", "decode", *_once(bundle, request)]
+    return [unpacking(header, bundle.residency[phase].weights, bundle.quantization) for phase in phases]
+
+
 def _once_bytes(bundle: Bundle, request: Request) -> int:
     """Stored weights of the graphs that run once before the prefill."""
+    return sum(bundle.residency[component].bytes for component in _once(bundle, request))
+
+
+def _once(bundle: Bundle, request: Request) -> list[str]:
     router = [] if bundle.instance_router is None else [bundle.instance_router.component]
     encoders = [encoder.component for encoder in bundle.encoders] if request.images else []
-    return sum(bundle.residency[component].bytes for component in [*router, *encoders])
+    return [*router, *encoders]
 
 
 def _adapter_bytes(bundle: Bundle, request: Request) -> int:

@@ -41,14 +41,30 @@ def weight_views(header: Mapping[str, TensorInfo], names: Iterable[str]) -> Iter
     Names that the file does not have are left out.
     """
     for name in names:
-        info = header.get(name)
-        if info is not None:
+        found = stored_tensor(header, name)
+        if found is None:
+            continue
+        info, share = found
+        if share == 1 and info.name == name:
             yield WeightView(info.shape, info.offset, info.nbytes)
-        elif match := _EXPERT.fullmatch(name):
-            stacked, expert = header.get(match[1] + match[3]), int(match[2])
-            if stacked is not None and expert < stacked.shape[0]:
-                size = stacked.nbytes // stacked.shape[0]
-                yield WeightView(stacked.shape[1:], stacked.offset + expert * size, size)
+        else:
+            size, expert = info.nbytes // share, _expert(name)
+            yield WeightView(info.shape[1:], info.offset + expert * size, size)
+
+
+def stored_tensor(header: Mapping[str, TensorInfo], name: str) -> tuple[TensorInfo, int] | None:
+    """The tensor of the file that holds a weight, and how many weights it holds; None when there is none."""
+    info = header.get(name)
+    if info is not None:
+        return info, 1
+    match = _EXPERT.fullmatch(name)
+    stacked = None if match is None else header.get(match[1] + match[3])
+    return (stacked, stacked.shape[0]) if stacked is not None and _expert(name) < stacked.shape[0] else None
+
+
+def _expert(name: str) -> int:
+    match = _EXPERT.fullmatch(name)
+    return 0 if match is None else int(match[2])
 
 
 def release_pages(path: Path, views: Iterable[WeightView]) -> int:

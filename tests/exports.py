@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from moiie_export.convert import convert
 from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.recipe import Recipe, load_recipe
+from moiie_export.recipe_quantization import QuantizationSection, QuantRule
 from tests.mome_golden import minilm
 from tests.mome_layout import write_layout
 from tests.synthetic import write_checkpoint
@@ -50,11 +51,21 @@ def small_recipe(storage: Storage = "float32", max_context: int = 64) -> Recipe:
     return replace(recipe, export=replace(recipe.export, dtype=storage, max_context=max_context))
 
 
-def exported(settings: Mapping[str, Any], storage: Storage = "float32", max_context: int = 64) -> Exported:
-    """The checkpoint that `write_checkpoint(**settings)` writes, and its bundle with weights stored as `storage`."""
-    key = hashlib.sha256(json.dumps([storage, max_context, settings], sort_keys=True).encode()).hexdigest()[:16]
+def exported(
+    settings: Mapping[str, Any],
+    storage: Storage = "float32",
+    max_context: int = 64,
+    rules: Sequence[Mapping[str, Any]] = (),
+) -> Exported:
+    """The checkpoint that `write_checkpoint(**settings)` writes, and its bundle with weights stored as `storage`.
+
+    `rules` are those of the recipe's section `quantization`.
+    """
+    key = hashlib.sha256(json.dumps([storage, max_context, settings, *rules], sort_keys=True).encode()).hexdigest()[:16]
     folder = BUNDLES / sources_digest() / f"synthetic-{key}"
-    result = Exported(folder / "checkpoint", folder / "bundle", small_recipe(storage, max_context))
+    section = QuantizationSection(tuple(QuantRule(**rule) for rule in rules))
+    recipe = replace(small_recipe(storage, max_context), quantization=section)
+    result = Exported(folder / "checkpoint", folder / "bundle", recipe)
     return _kept(result, folder, lambda: write_checkpoint(result.checkpoint, **settings))
 
 

@@ -42,6 +42,7 @@ _PATTERNS = 4
 @VERBOSE_OPTION
 def command(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show a bundle's model, graphs, weights and proof of completeness. Needs no backend."""
+    from moiie_export.cli.quantization import quantization_lines
     from moiie_export.cli.weights import weight_summary
     from moiie_runtime.bundle import Bundle
 
@@ -57,13 +58,18 @@ def command(bundle: Path, verify: bool, as_json: bool) -> None:
         if problems:
             raise _damaged(bundle, problems)
         return
-    click.echo("\n".join(_lines(document)))
+    lines = list(_lines(document))
+    if document["quantization"] is not None:
+        lines += quantization_lines(document["quantization"], _min_tokens(opened.raw))
+    click.echo("\n".join(lines))
     if verify:
         note(f"all {len(opened.files)} files are as bundle.json says")
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:
     """What `bundle.json` says, less the long lists: completeness is counted, unreachable tensors are kept."""
+    from moiie_export.cli.quantization import quantization_summary
+
     raw = bundle.raw
     completeness = _map(raw.get("completeness"))
     unreachable, used = _map(completeness.get("unreachable")), _map(completeness.get("tensors"))
@@ -80,8 +86,16 @@ def summary(bundle: Bundle) -> dict[str, Any]:
         "used": len(used),
         "unreachable": unreachable,
     }
+    document["quantized"] = len(bundle.quantization)
+    document["quantization"] = quantization_summary(raw)
     document["files"] = {name: record.bytes for name, record in sorted(bundle.files.items())}
     return document
+
+
+def _min_tokens(raw: Mapping[str, Any]) -> int:
+    """The recipe's `quantization.min_tokens`; 0 where it is not recorded."""
+    least = _map(_map(raw.get("recipe")).get("quantization")).get("min_tokens")
+    return least if isinstance(least, int) else 0
 
 
 def _map(value: Any) -> Mapping[str, Any]:
@@ -114,7 +128,16 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield table(
         [[name, f"{each['tensors']} tensors", human_bytes(each["bytes"])] for name, each in groups.items()], "  "
     )
+    if document["quantized"]:
+        yield "\nby bank:"
+        yield table(list(_banks(weights["by_bank"])), "  ")
     yield from _completeness(document["completeness"])
+
+
+def _banks(banks: Mapping[str, Any]) -> Iterator[list[str]]:
+    for bank, forms in banks.items():
+        for form, each in forms.items():
+            yield [bank, form, f"{each['parameters']} weights", human_bytes(each["bytes"])]
 
 
 def _head(document: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -136,7 +159,8 @@ def _head(document: Mapping[str, Any]) -> Iterator[list[str]]:
     per_token = 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * model["head_dim"] * 4
     size = human_bytes(per_token * cache["capacity"])
     yield ["context", f"{cache['capacity']} tokens (KV cache {cache['layout']} {cache['dtype']}, {size} a sequence)"]
-    yield ["weights", f"stored as {document['dtype']}"]
+    quantized = f", {document['quantized']} tensors quantised" if document["quantized"] else ""
+    yield ["weights", f"stored as {document['dtype']}{quantized}"]
 
 
 def _filled(items: list[str]) -> str:

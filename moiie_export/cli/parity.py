@@ -16,12 +16,20 @@ Examples:
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --recipe my.yaml
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --report report.html
+  moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --ranges
 
 Both models get the same pictures and texts: those of the recipe's
 parity.cases, or made-up ones. Compared, in this order: names, shapes, dtypes,
 finite values, routing, hidden states, KV cache, logits, text. Exits 3 when a
 check fails, and names the first one. A report is written either way: one HTML
 file that needs neither network nor scripts.
+
+A bundle with quantised weights is compared twice: its graphs with what its own
+weights say, and these with the checkpoint's (parity.bounds.int8, int4, fp8).
+
+--ranges compares nothing: it runs the checkpoint on the same prompts and shows
+how large every layer's inputs and outputs get, by expert and modality, and
+which do not fit float16.
 """
 
 
@@ -55,17 +63,16 @@ file that needs neither network nor scripts.
     metavar="DIR",
     help="Write the charts as PNG files; needs matplotlib.",
 )
+@click.option(
+    "--target", metavar="TARGET", help="Compare a form that `moiie build` made.  [default: the bundle's own graphs]"
+)
+@click.option("--ranges", is_flag=True, help="Measure how large activations get in the checkpoint's model instead.")
 @JSON_OPTION
 @VERBOSE_OPTION
-def command(
-    bundle: Path,
-    checkpoint: Path,
-    vision_tower: Path | None,
-    recipe: str | None,
-    as_json: bool,
-    **outputs: Path | None,
-) -> None:
+def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: str | None, **rest: Any) -> None:
     """Compare a bundle with its checkpoint in PyTorch."""
+    ranges, as_json, target = (rest.pop(name) for name in ("ranges", "as_json", "target"))
+    outputs: dict[str, Path | None] = rest
     from moiie_export.cli.sources import checkpoint_directory, need_extra
     from moiie_export.recipe import load_recipe
     from moiie_runtime.bundle import Bundle
@@ -73,8 +80,15 @@ def command(
     Bundle.open(bundle)
     checkpoint_directory(checkpoint)
     cases = None if recipe is None else load_recipe(recipe).parity.cases
-    need_extra("cpu")
     need_extra("export")
+    if ranges:
+        from moiie_export.cli.ranges import show_ranges
+
+        if any(outputs.values()):
+            raise click.UsageError("--ranges makes no report: leave --report and --png out, or use --json")
+        show_ranges(checkpoint, vision_tower, cases, as_json=as_json)
+        return
+    need_extra("cpu")
     if outputs["pictures"] is not None:
         need_extra("report")
     if any(outputs.values()):
@@ -84,7 +98,7 @@ def command(
     from moiie_export.parity import check_parity
 
     progress = Progress()
-    report = check_parity(bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress)
+    report = check_parity(bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress, target=target)
     progress.finish()
     if as_json:
         emit_json(report.to_dict())

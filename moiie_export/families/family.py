@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moiie_export.graph.components import Component
+    from moiie_export.model.prompts import Look
     from moiie_export.parity.sight import Sight
     from moiie_export.source import ModelSource
 
@@ -34,6 +35,8 @@ class Family:
         text_files: source -> small files of the bundle beside tokenizer and configs.
         model: config -> the reference model, on whatever device torch is told to use.
         components: (config, capacity of the key-value buffers) -> what is traced.
+        looks: (the model layer by layer, questions, watcher or None) -> what becomes of each question's pictures and
+            instruction before the decoder.
         sight: (VLM, the bundle's marked graphs, reference, bounds) -> how parity compares what comes before the decoder.
     """
 
@@ -44,4 +47,5 @@ class Family:
     text_files: Callable[[ModelSource], dict[str, bytes]]
     model: Callable[[Any], nn.Module]
     components: Callable[[Any, int], tuple[Component, ...]]
+    looks: Callable[..., list[Look]]
     sight: Callable[..., Sight]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moiie_export.graph.components import Component
+    from moiie_export.model.prompts import Look
     from moiie_export.parity.sight import Sight
     from moiie_export.source import ModelSource
 
@@ -109,6 +110,12 @@ def _components(config: MoiieConfig, capacity: int) -> tuple[Component, ...]:
     return components(config, capacity)
 
 
+def _looks(*parts: Any) -> list[Look]:
+    from moiie_export.model.looks import look
+
+    return look(*parts)
+
+
 def _sight(*parts: Any) -> Sight:
     from moiie_export.parity.moiie_sight import MoiieSight
 
@@ -123,5 +130,6 @@ MOIIE = Family(
     text_files=_text_files,
     model=_model,
     components=_components,
+    looks=_looks,
     sight=_sight,
 )

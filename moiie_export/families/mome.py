@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moiie_export.graph.components import Component
+    from moiie_export.model.prompts import Look
     from moiie_export.parity.sight import Sight
     from moiie_export.source import ModelSource
 
@@ -114,6 +115,12 @@ def _components(config: MomeConfig, capacity: int) -> tuple[Component, ...]:
     return components(config, capacity)
 
 
+def _looks(*parts: Any) -> list[Look]:
+    from moiie_export.model.mome.looks import look
+
+    return look(*parts)
+
+
 def _sight(*parts: Any) -> Sight:
     from moiie_export.parity.mome_sight import MomeSight
 
@@ -128,5 +135,6 @@ MOME = Family(
     text_files=_text_files,
     model=_model,
     components=_components,
+    looks=_looks,
     sight=_sight,
 )

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from moiie_export.graph.components import Component
+from moiie_export.graph.quantized import rewrite_quantized
+from moiie_export.graph.storage import Storage
 from moiie_export.ops import DOMAIN, OPS
 from moiie_export.ops.op import VERSION
+from moiie_export.quantize.scheme import Scheme
 from moiie_export.weights import WeightMap
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.tensors import TensorInfo
 
-_IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16}
-
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes may read: the component, the weight map, and where each weight lies in the weights file."""
+    """What passes may read: the component, the weight map, where each weight lies in the weights file, and in which form.
+
+    `schemes`: bundle tensor -> its form, for those that are quantised.
+    """
 
     component: Component
     weight_map: WeightMap
     header: Mapping[str, TensorInfo]
     weights_file: str
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The weights file, as passes look at it."""
+        return Storage(self.weight_map, self.header, self.weights_file, self.schemes)
 
 
 def drop_probes(model: ir.Model, context: PassContext) -> None:
@@ -44,33 +55,30 @@ def tidy(model: ir.Model, context: PassContext) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+def quantize_nodes(model: ir.Model, context: PassContext) -> None:
+    """Layers whose weight is stored quantised become quantised nodes that point at its bytes.
+
+    Raises:
+        MoiieError: a quantised weight is read by an op that has no form for its format.
+    """
+    rewrite_quantized(model, context.storage, context.component.name)
+
+
 def attach_weights(model: ir.Model, context: PassContext) -> None:
-    """Point every parameter at its bytes in the weights file; float16 storage is cast to float32 where it is used.
+    """Point every other parameter at its bytes in the weights file; float16 is cast to float32 where it is used.
 
     Raises:
         MoiieError: an initialiser that is neither a parameter nor a small constant with data.
     """
-    parameters = context.weight_map.by_parameter()
     for name, value in list(model.graph.initializers.items()):
-        if name not in parameters:
+        if isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        if name not in context.storage.parameters:
             _require_data(name, value, context.component)
             continue
-        weight, start, shape = parameters[name]
-        info = context.header[weight.name]
-        dtype = _IR_DTYPES[info.dtype]
-        elements = 1
-        for size in shape:
-            elements *= size
-        tensor = ir.ExternalTensor(
-            context.weights_file,
-            offset=info.offset + int(start * dtype.itemsize),
-            length=int(elements * dtype.itemsize),
-            dtype=dtype,
-            shape=ir.Shape(shape),
-            name=name,
-        )
-        if dtype == ir.DataType.FLOAT:
-            value.const_value, value.dtype = tensor, dtype
+        tensor = context.storage.plain(name)
+        if tensor.dtype == ir.DataType.FLOAT:
+            value.const_value, value.dtype = tensor, tensor.dtype
         else:
             _cast_where_used(model, value, tensor)
 
@@ -131,7 +139,7 @@ def check_attributes(model: ir.Model, context: PassContext) -> None:
             )
 
 
-def attach_bodies(model: ir.Model, context: PassContext) -> None:
+def attach_bodies(model: ir.Model, _: PassContext | None = None) -> None:
     """Give every bare `moiie` node its portable body; nodes with different attributes get overloads of their own."""
     overloads: dict[str, list[str]] = {}
     for node in model.graph:
@@ -155,6 +163,7 @@ def attach_bodies(model: ir.Model, context: PassContext) -> None:
 PORTABLE: tuple[Callable[[ir.Model, PassContext], None], ...] = (
     drop_probes,
     tidy,
+    quantize_nodes,
     attach_weights,
     strip_metadata,
     check_attributes,

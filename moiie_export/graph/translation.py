@@ -40,6 +40,7 @@ def _schema(op: Op) -> defs.OpSchema:
         VERSION,
         inputs=[_parameter(port) for port in op.inputs],
         outputs=[_parameter(port) for port in op.outputs],
+        type_constraints=[(_type(port), port.type.split("|"), "") for port in op.inputs if "|" in port.type],
         attributes=[
             defs.OpSchema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True) for name, kind in op.attributes.items()
         ],
@@ -49,7 +50,13 @@ def _schema(op: Op) -> defs.OpSchema:
 def _parameter(port: Port) -> defs.OpSchema.FormalParameter:
     option = defs.OpSchema.FormalParameterOption
     how = option.Variadic if port.variadic else option.Optional if port.optional else option.Single
-    return defs.OpSchema.FormalParameter(port.name, port.type, param_option=how)
+    mixed = port.variadic and "|" in port.type
+    return defs.OpSchema.FormalParameter(port.name, _type(port), param_option=how, is_homogeneous=not mixed)
+
+
+def _type(port: Port) -> str:
+    """A type, or the name of the constraint that lists several."""
+    return f"T_{port.name}" if "|" in port.type else port.type
 
 
 def _torch_op(op: Op) -> Callable[..., Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from moiie_export.model_config import MoeConfig, TextConfig
-from moiie_export.ops.expert_dispatch import expert_dispatch
+from moiie_export.ops.expert_dispatch import Watch, expert_dispatch, run_experts
 from moiie_export.ops.modality_router import modality_router
 from moiie_export.ops.topk_route import topk_route
 
@@ -37,6 +38,8 @@ class MoeBlock(nn.Module):
     def __init__(self, config: TextConfig, moe: MoeConfig) -> None:
         super().__init__()
         self.moe = moe
+        self.watch: Watch | None = None
+        """Is shown what goes through each expert's projections, where activations are measured."""
         self.experts = nn.ModuleDict({str(e): Expert(config) for e in moe.reachable})
         if moe.gates:
             self.gate = nn.Linear(config.hidden_size, len(moe.expert_groups["language"]), bias=False)
@@ -48,15 +51,14 @@ class MoeBlock(nn.Module):
         routing = self.route(x, token_modality)
         ids = self.moe.reachable if token_modality is not None else tuple(sorted(self.moe.expert_groups["language"]))
         experts = [self.experts[str(e)] for e in ids]
-        out = expert_dispatch(
-            x,
-            routing.expert_ids,
-            routing.expert_weights,
+        banks: tuple[list[Any], list[Any]] = (
             [expert.gate_up_proj for expert in experts],
             [expert.down_proj for expert in experts],
-            list(ids),
         )
-        return out, routing
+        chosen = (routing.expert_ids, routing.expert_weights)
+        if self.watch is not None:
+            return run_experts(x, chosen, *banks, list(ids), self.watch), routing
+        return expert_dispatch(x, *chosen, *banks, list(ids)), routing
 
     def route(self, x: torch.Tensor, token_modality: torch.Tensor | None) -> Routing:
         """The routing of x [N, H]; without gates the modality alone decides."""

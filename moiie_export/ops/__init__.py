@@ -15,6 +15,8 @@ from moiie_export.ops import (
     deformable_sample,
     expert_dispatch,
     modality_router,
+    quantized_expert_dispatch,
+    quantized_linear,
     topk_route,
 )
 from moiie_export.ops.op import DOMAIN, Op
@@ -27,6 +29,8 @@ OPS: Mapping[str, Op] = {
         deformable_sample.OP,
         expert_dispatch.OP,
         modality_router.OP,
+        quantized_expert_dispatch.OP,
+        quantized_linear.OP,
         topk_route.OP,
     )
 }

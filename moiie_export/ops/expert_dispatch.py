@@ -11,10 +11,15 @@ The experts come as one tensor each, not as a stack: a runtime that maps weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
 from moiie_export.ops.op import Attributes, Op, Port, function_text, scalar, vector
+
+Watch = Callable[[int, str, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Is shown an expert's id, its projection's name, the rows [n] routed there, and the projection's input and output."""
 
 
 @torch.library.custom_op("moiie::expert_dispatch", mutates_args=())
@@ -27,12 +32,31 @@ def expert_dispatch(
     experts: list[int],
 ) -> torch.Tensor:
     """Weighted sum [T, H] of the chosen experts' SwiGLU outputs, experts visited in ascending id."""
+    return run_experts(hidden, (expert_ids, expert_weights), gate_up, down, experts)
+
+
+def run_experts(
+    hidden: torch.Tensor,
+    routing: tuple[torch.Tensor, torch.Tensor],
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    experts: list[int],
+    watch: Watch | None = None,
+) -> torch.Tensor:
+    """The op itself. `routing`: expert_ids and expert_weights; `watch`: sees what goes through each projection."""
+    expert_ids, expert_weights = routing
     out = torch.zeros_like(hidden)
     for expert, w_gate_up, w_down in zip(experts, gate_up, down, strict=True):
         rows, slots = torch.where(expert_ids == expert)
-        gate, up = F.linear(hidden[rows], w_gate_up).chunk(2, dim=-1)
-        routed = F.linear(F.silu(gate) * up, w_down) * expert_weights[rows, slots].to(hidden.dtype).unsqueeze(1)
-        out.index_add_(0, rows, routed)
+        inputs = hidden[rows]
+        opened = F.linear(inputs, w_gate_up)
+        gate, up = opened.chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        closed = F.linear(inner, w_down)
+        if watch is not None:
+            watch(expert, "gate_up_proj", rows, inputs, opened)
+            watch(expert, "down_proj", rows, inner, closed)
+        out.index_add_(0, rows, closed * expert_weights[rows, slots].to(hidden.dtype).unsqueeze(1))
     return out
 
 
@@ -48,20 +72,27 @@ def _(
     return torch.empty_like(hidden)
 
 
-def _expert_lines(index: int, expert: int, total: str) -> str:
-    """Statements for one expert: gather the rows routed to it, run it, add its weighted rows to the sum so far."""
+def expert_lines(index: int, expert: int, total: str, suffix: str = "") -> str:
+    """Statements for one expert: gather the rows routed to it, run it, add its weighted rows to the sum so far.
+
+    Args:
+        index: its place among the node's experts.
+        expert: its global id.
+        total: name of the sum that holds its rows.
+        suffix: behind the names of its weights `gate_up_<index>` and `down_<index>`.
+    """
     return f"""{scalar(f"id_{index}", expert, "int32")}
     hit_{index} = Equal (expert_ids, id_{index})
     where_{index} = NonZero (hit_{index})
     rows_{index} = Gather <axis = 0> (where_{index}, zero)
     hits_{index} = Transpose <perm = [1, 0]> (where_{index})
     x_{index} = Gather <axis = 0> (hidden, rows_{index})
-    gate_up_{index}_ = Gemm <transB = 1> (x_{index}, gate_up_{index})
-    gate_{index}, up_{index} = Split <axis = 1, num_outputs = 2> (gate_up_{index}_)
+    opened_{index} = Gemm <transB = 1> (x_{index}, gate_up_{index}{suffix})
+    gate_{index}, up_{index} = Split <axis = 1, num_outputs = 2> (opened_{index})
     sigmoid_{index} = Sigmoid (gate_{index})
     silu_{index} = Mul (gate_{index}, sigmoid_{index})
     act_{index} = Mul (silu_{index}, up_{index})
-    y_{index} = Gemm <transB = 1> (act_{index}, down_{index})
+    y_{index} = Gemm <transB = 1> (act_{index}, down_{index}{suffix})
     weight_{index} = GatherND (expert_weights, hits_{index})
     column_{index} = Unsqueeze (weight_{index}, one)
     weighted_{index} = Mul (y_{index}, column_{index})
@@ -76,7 +107,7 @@ def _body(attributes: Attributes, _: int) -> str:
     shape = Shape (hidden)
     sum_0 = ConstantOfShape <value = float[1] {0}> (shape)"""
     for index, expert in enumerate(experts):
-        lines += _expert_lines(index, expert, "out" if index + 1 == len(experts) else f"sum_{index + 1}")
+        lines += expert_lines(index, expert, "out" if index + 1 == len(experts) else f"sum_{index + 1}")
     inputs = ["hidden", "expert_ids", "expert_weights"]
     inputs += [f"gate_up_{i}" for i in range(len(experts))] + [f"down_{i}" for i in range(len(experts))]
     return function_text("ExpertDispatch", (inputs, ["out"]), attributes, lines)

@@ -16,7 +16,10 @@ Attributes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its name, its element type as ONNX spells it, and how often it may occur."""
+    """One input or output: its name, its element types as ONNX spells them (a bar between), and how often it may occur.
+
+    The tensors of a variadic port with several types need not agree in type.
+    """
 
     name: str
     type: str

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moiie_export.parity.report import Check, Report
-from moiie_export.recipe import ParityCase
+from moiie_export.recipe_parity import ParityCase
 from moiie_runtime.errors import MissingDependency
 
 __all__ = ["Check", "ParityCase", "Report", "check_parity"]
@@ -19,6 +19,7 @@ def check_parity(
     vision_tower: Path | None = None,
     cases: Sequence[ParityCase] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    target: str | None = None,
 ) -> Report:
     """Compare a bundle, run by ONNX Runtime, with the PyTorch model of a checkpoint, stage by stage and layer by layer.
 
@@ -32,6 +33,8 @@ def check_parity(
         vision_tower: where a separate vision tower lies, as for export.
         cases: prompts and pictures; None for those of the bundle's recipe, and made-up ones where there are none.
         progress: called with a stage's name, steps done and steps in all.
+        target: a form that `moiie build` made of the bundle, in place of its own graphs. What it does not give as an
+            output is not compared; where weights are quantised, the bounds are those for engines that round activations.
 
     Returns:
         The report; truthy when all checks pass.
@@ -44,4 +47,4 @@ def check_parity(
         from moiie_export.parity.run import Parity
     except ModuleNotFoundError as error:
         raise MissingDependency(f"parity needs {error.name}", "pip install 'moiie-export[cpu,export]'") from error
-    return Parity(bundle, checkpoint, vision_tower).run(cases, progress or (lambda *_: None))
+    return Parity(bundle, checkpoint, vision_tower, target).run(cases, progress or (lambda *_: None))

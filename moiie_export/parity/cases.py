@@ -17,7 +17,7 @@ from moiie_export.bundle_manifest import IMAGE_MARKER, IMAGE_PLACEHOLDER
 from moiie_export.model_config import ModelConfig
 from moiie_export.parity.metrics import Array
 from moiie_export.parity.report import Check, tell
-from moiie_export.recipe import ParityCase
+from moiie_export.recipe_parity import ParityCase
 from moiie_export.source import ModelSource
 from moiie_runtime.images import ImageSource
 from moiie_runtime.prompt import Prompt

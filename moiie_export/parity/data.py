@@ -14,7 +14,7 @@ from moiie_export.parity.measure import LayerMeasure, Measure
 from moiie_export.parity.metrics import MARGIN_EDGES, Array
 from moiie_export.parity.report import Check, left_out
 from moiie_export.parity.text import Answers
-from moiie_export.recipe import Bounds
+from moiie_export.recipe_parity import Bounds
 from moiie_runtime.prompt import Prompt
 
 
@@ -61,8 +61,9 @@ def coverage(config: ModelConfig, runs: list[CaseRun]) -> list[Check]:
             reached = [0] * moe.num_experts
             for run in runs:
                 for measured in run.measures.values():
-                    found = measured.layers[layer].routing[modality].reached
-                    reached = [a + b for a, b in zip(reached, found, strict=True)]
+                    found = measured.layers[layer].routing.get(modality)
+                    if found is not None:
+                        reached = [a + b for a, b in zip(reached, found.reached, strict=True)]
             missed = [expert for expert in group if not reached[expert]]
             if missed:
                 names = ", ".join(map(str, missed))

@@ -16,7 +16,7 @@ from moiie_export.parity.metrics import Array
 from moiie_export.parity.reference import Inputs, Reference, ReferenceRun
 from moiie_export.parity.report import Check
 from moiie_export.parity.trace import Trace
-from moiie_export.recipe import Bounds
+from moiie_export.recipe_parity import Bounds
 from moiie_runtime.adapters import Adapters
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.kv_cache import KVCache

@@ -1,18 +1,22 @@
-"""The bundle's side: its graphs in ONNX Runtime, on copies in memory whose inner values are outputs too."""
+"""The bundle's side: its graphs in ONNX Runtime on copies in memory whose inner values are outputs too, or built engines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
+import numpy as np
 import onnx
 import torch
 
 from moiie_export.graph.components import Component, Tensor
 from moiie_export.parity.metrics import Array
 from moiie_export.parity.trace import Routed, Trace
+from moiie_runtime.backends import get_backend
 from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
+from moiie_runtime.backends.session import Session
 from moiie_runtime.bundle import Bundle
+from moiie_runtime.engines import Engine
 from moiie_runtime.kv_cache import KVCache
 
 ELEMENT_TYPES = {
@@ -23,22 +27,49 @@ ELEMENT_TYPES = {
 
 
 class BundleGraphs:
-    """Runs the graphs of a bundle, with their probes as extra outputs.
-
-    The weights are mapped from the bundle's own file. Use it as a context manager.
+    """Runs the graphs of a bundle, whatever their sessions are. Use it as a context manager.
 
     Args:
-        bundle: the bundle, its files verified.
-        components: what its graphs must be; checked before.
-        models: component -> the parsed graph; marked here.
+        bundle: the bundle, its files verified, or with a built engine in its graphs' place.
+        open_session: component -> its session. What a session does not give as an output is not compared.
     """
 
-    def __init__(self, bundle: Bundle, components: tuple[Component, ...], models: dict[str, onnx.ModelProto]) -> None:
-        self._bundle = bundle
-        self._components = {component.name: component for component in components}
-        self._models = models
-        self._sessions: dict[str, OnnxRuntimeSession] = {}
+    def __init__(self, bundle: Bundle, open_session: Callable[[str], Session]) -> None:
+        self._bundle, self._open = bundle, open_session
+        self._sessions: dict[str, Session] = {}
         self._bound: dict[str, KVCache] = {}
+
+    @classmethod
+    def marked(
+        cls, bundle: Bundle, components: tuple[Component, ...], models: Mapping[str, onnx.ModelProto]
+    ) -> BundleGraphs:
+        """The portable graphs with their probes as extra outputs; the weights are mapped from the bundle's own file.
+
+        Args:
+            bundle: the bundle.
+            components: what its graphs must be; checked before.
+            models: component -> the parsed graph; marked here.
+        """
+        known = {component.name: component for component in components}
+
+        def open_session(name: str) -> Session:
+            marked = _marked(models[name], known[name].probes)
+            folder = bundle.path(known[name].file).parent
+            return OnnxRuntimeSession(marked, component=f"marked {name}", folder=folder)
+
+        return cls(bundle, open_session)
+
+    @classmethod
+    def built(cls, engine: Engine) -> BundleGraphs:
+        """A built engine, its sessions opened as the runtime opens them."""
+        opener, bundle = get_backend(engine.backend), engine.bundle
+
+        def open_session(name: str) -> Session:
+            path = bundle.path(bundle.components[name].file)
+            transient = name != "decoder_decode"
+            return opener(path, component=name, threads=engine.threads, transient=transient, options=engine.options())
+
+        return cls(bundle, open_session)
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """All outputs and probes of a graph that has no cache."""
@@ -85,9 +116,9 @@ class BundleGraphs:
         routed = model.moe is not None and model.moe.routed
         return Trace(
             outputs["logits"],
-            tuple(rows(f"hidden.{layer}") for layer in layers),
-            tuple(cache[f"{layer}.key"] for layer in layers),
-            tuple(cache[f"{layer}.value"] for layer in layers),
+            tuple(rows(name) if (name := f"hidden.{layer}") in outputs else None for layer in layers),
+            tuple(np.asarray(cache[f"{layer}.key"], np.float32) for layer in layers),
+            tuple(np.asarray(cache[f"{layer}.value"], np.float32) for layer in layers),
             {
                 layer: Routed(
                     rows(f"expert_ids.{layer}"),
@@ -95,15 +126,13 @@ class BundleGraphs:
                     rows(f"router_logits.{layer}") if routed else None,
                 )
                 for layer in (model.moe.layers if model.moe else ())
+                if f"expert_ids.{layer}" in outputs
             },
         )
 
-    def _session(self, name: str) -> OnnxRuntimeSession:
+    def _session(self, name: str) -> Session:
         if name not in self._sessions:
-            component = self._components[name]
-            marked = _marked(self._models[name], component.probes)
-            folder = self._bundle.path(component.file).parent
-            self._sessions[name] = OnnxRuntimeSession(marked, component=f"marked {name}", folder=folder)
+            self._sessions[name] = self._open(name)
         return self._sessions[name]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from moiie_export.parity.measure import MODALITIES, Agreement, LayerMeasure, Measure
 from moiie_export.parity.metrics import Error
 from moiie_export.parity.report import Check, judge, tell
-from moiie_export.recipe import Bounds
+from moiie_export.recipe_parity import Bounds
 
 
 def judge_measure(measured: Measure, bounds: Bounds, **place: Any) -> list[Check]:

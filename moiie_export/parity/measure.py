@@ -109,11 +109,13 @@ def measure(actual: Trace, run: ReferenceRun, inputs: Inputs, num_experts: int) 
     for index, hidden in enumerate(expected.hidden):
         errors: dict[str, Error] = {}
         routing: dict[str, Agreement] = {}
-        if index in expected.routing:
+        if index in expected.routing and index in actual.routing:
             routed = (actual.routing[index], expected.routing[index])
             routing = _agreements(routed[0], run.decisions[index], routed[1], inputs.is_vision, num_experts)
             errors |= _router_errors(*routed, num_experts)
-        errors["hidden states"] = error(actual.hidden[index], hidden)
+        ours_hidden = actual.hidden[index]
+        if ours_hidden is not None and hidden is not None:
+            errors["hidden states"] = error(ours_hidden, hidden)
         for name, ours, theirs in (("keys", actual.keys, expected.keys), ("values", actual.values, expected.values)):
             errors[name] = error(_slots(ours[index], inputs.stop), _slots(theirs[index], inputs.stop))
         layers.append(LayerMeasure(index, routing, errors))
@@ -210,7 +212,8 @@ def _bad(trace: Trace, stop: int) -> dict[str, int]:
             if routed.router_logits is not None:
                 counts[f"router_logits.{index}"] = non_finite(routed.router_logits, minus_infinity=True)
             counts[f"expert_weights.{index}"] = non_finite(routed.expert_weights)
-        counts[f"hidden.{index}"] = non_finite(hidden)
+        if hidden is not None:
+            counts[f"hidden.{index}"] = non_finite(hidden)
         for kind, buffers in (("key", trace.keys), ("value", trace.values)):
             counts[f"present.{index}.{kind}"] = non_finite(_slots(buffers[index], stop))
     counts["logits"] = non_finite(trace.logits)

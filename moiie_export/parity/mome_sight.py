@@ -19,7 +19,7 @@ from moiie_export.parity.metrics import Array, error, non_finite
 from moiie_export.parity.reference import Reference
 from moiie_export.parity.report import Check, judge, tell
 from moiie_export.parity.sight import Seen
-from moiie_export.recipe import Bounds
+from moiie_export.recipe_parity import Bounds
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.prompt import Prompt
 from moiie_runtime.vision import encoder_inputs
@@ -118,7 +118,7 @@ class MomeSight:
             place: dict[str, Any] = {"case": case, "phase": expert.component}
             checks.append(tell("finite", [f"{bad} NaN or infinite features"] * bool(bad), **place))
             for name, inside in _PLACES.items():
-                if name in wanted:
+                if name in wanted and name in ours:  # an engine tells less
                     value, where = error(ours[name], wanted[name].numpy()).value, f"{expert.name} {inside}"
                     checks.append(judge("vision", "error", value, self._bounds.vision_error, where=where, **place))
         return checks, features

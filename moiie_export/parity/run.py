@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +13,7 @@ from moiie_export.families import family_of
 from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
 from moiie_export.parity.beams import compare_beams
+from moiie_export.parity.bounds import ENGINE, read_bounds
 from moiie_export.parity.cases import Layout, Question, check_prompt, from_recipe, lay_out, made_up
 from moiie_export.parity.data import case_data, coverage, model_data, report_data
 from moiie_export.parity.decoder_stage import CHUNK, CaseRun, DecoderStage, spread
@@ -21,15 +21,17 @@ from moiie_export.parity.facts import check_manifest
 from moiie_export.parity.graphs import BundleGraphs
 from moiie_export.parity.interface import check_interface, load_graph
 from moiie_export.parity.nodes import check_nodes
+from moiie_export.parity.quantised import bounds_of, compare_quantised, quantised_bounds, stored_formats
 from moiie_export.parity.reference import Inputs, Reference
 from moiie_export.parity.report import Check, Report, left_out, tell
 from moiie_export.parity.sight import Seen, Sight
+from moiie_export.parity.stored import StoredWeights
 from moiie_export.parity.text import compare_text
 from moiie_export.parity.weights import check_embedding, check_weights
-from moiie_export.recipe import Bounds, ParityCase
+from moiie_export.recipe_parity import Bounds, ParityCase
 from moiie_export.source import ModelSource
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.errors import MoiieError
+from moiie_runtime.engines import PORTABLE, open_engine
 from moiie_runtime.prompt import Prompt
 from moiie_runtime.vlm import VLM, load
 
@@ -62,11 +64,19 @@ class Asked:
 class Parity:
     """Compares one bundle with one checkpoint. See `moiie_export.parity.check_parity`."""
 
-    def __init__(self, bundle: Path, checkpoint: Path, vision_tower: Path | None) -> None:
-        self._bundle = Bundle.open(bundle)
-        self._bounds = _bounds(self._bundle)
+    def __init__(self, bundle: Path, checkpoint: Path, vision_tower: Path | None, target: str | None = None) -> None:
+        self._portable = Bundle.open(bundle)
+        self._target = target or PORTABLE
+        self._engine = None if self._target == PORTABLE else open_engine(self._portable, self._target)
+        self._bundle = self._portable if self._engine is None else self._engine.bundle
+        self._formats = stored_formats(self._bundle)
+        rounds = self._engine is not None and bool(self._formats)
+        tight = ENGINE if rounds or "w8a8" in self._formats else self._bundle.dtype  # w8a8 rounds in the graph
+        self._stated = read_bounds(self._bundle, [tight, *bounds_of(self._formats)])
+        self._bounds: Bounds = getattr(self._stated, tight)
         self._checkpoint, self._vision_tower = checkpoint, vision_tower
-        self._report = Report(self._bundle.name, checkpoint.resolve().name, self._bundle.dtype)
+        kinds = ", ".join([*self._formats, self._bundle.dtype])
+        self._report = Report(self._bundle.name, checkpoint.resolve().name, kinds)
 
     def run(self, cases: Sequence[ParityCase] | None, progress: Progress) -> Report:
         """All stages; the report."""
@@ -78,30 +88,58 @@ class Parity:
         if not report:
             report.checks.append(left_out("everything else", "the bundle is damaged"))
             return report
-        with ModelSource.open(self._checkpoint, self._vision_tower) as source:
+        with (
+            ModelSource.open(self._checkpoint, self._vision_tower) as source,
+            StoredWeights(bundle, source) as stored,
+        ):
             report.data["model"] = model_data(source.config)
             wanted = family_of(source.config).components(source.config, bundle.kv_cache.capacity)
-            models = self._check_graphs(source, wanted)
+            models = self._check_graphs(source, stored, wanted)
+            self._report.checks += check_manifest(self._portable, source)
             if any(check.stage in _FORBIDDING for check in report.failures):
                 report.checks.append(left_out("values", "the graphs are not those of this checkpoint's model"))
                 return report
-            reference = Reference(load_model(source, bundle.dtype), self._bounds.tie_margin)
-            report.checks.append(check_embedding(bundle, source))
-            with BundleGraphs(bundle, wanted, models) as graphs, load(bundle.root) as vlm:
-                self._compare(source, reference, graphs, vlm, self._questions(cases), progress)
+            reference = Reference(load_model(source, read=stored.read), self._bounds.tie_margin)
+            report.checks.append(check_embedding(stored, bundle.embed_tokens.tensor, source, bundle.dtype))
+            questions = self._questions(cases)
+            with self._graphs(wanted, models) as graphs, load(bundle.root, target=self._target) as vlm:
+                self._compare(source, reference, graphs, vlm, questions, progress)
             progress("weights", 0, 1)
-            report.checks.append(check_weights(bundle, source))
+            report.checks += check_weights(stored, source, bundle.dtype, self._stated)
             progress("weights", 1, 1)
+            del reference
+            self._compare_quantised(source, stored, questions, progress)
         return report
 
-    def _check_graphs(self, source: ModelSource, wanted: tuple[Component, ...]) -> dict[str, onnx.ModelProto]:
-        """Interfaces of all graphs, their nodes' attributes, and the manifest; returns the parsed graphs."""
+    def _compare_quantised(
+        self, source: ModelSource, stored: StoredWeights, questions: list[Question], progress: Progress
+    ) -> None:
+        """What quantisation costs; nothing for a bundle without quantised weights."""
+        asked = [each for each in questions if each.name in {case["name"] for case in self._report.data["cases"]}]
+        if not self._formats or not asked:
+            return
+        bounds = quantised_bounds(self._formats, self._stated)
+        checks, data = compare_quantised(source, stored, asked, bounds, progress)
+        self._report.checks += checks
+        self._report.data["quantisation"] = {"bounds": asdict(bounds), "formats": list(self._formats), **data}
+
+    def _graphs(self, wanted: tuple[Component, ...], models: dict[str, onnx.ModelProto]) -> BundleGraphs:
+        if self._engine is not None:
+            return BundleGraphs.built(self._engine)
+        return BundleGraphs.marked(self._bundle, wanted, models)
+
+    def _check_graphs(
+        self, source: ModelSource, stored: StoredWeights, wanted: tuple[Component, ...]
+    ) -> dict[str, onnx.ModelProto]:
+        """Interfaces of all graphs and their nodes' attributes; returns the parsed graphs, none for an engine."""
+        if self._engine is not None:
+            self._report.checks.append(left_out("names, shapes, dtypes, attributes", "a built engine has its own"))
+            return {}
         models = {component.name: load_graph(self._bundle, component) for component in wanted}
         found = [check_interface(self._bundle, component, models[component.name]) for component in wanted]
         self._report.checks += [check for stage in zip(*found, strict=True) for check in stage]
         for name, model in models.items():
-            self._report.checks += check_nodes(source.config, name, model)
-        self._report.checks += check_manifest(self._bundle, source)
+            self._report.checks += check_nodes(source.config, name, model, stored.parameter_schemes())
         return models
 
     def _questions(self, cases: Sequence[ParityCase] | None) -> list[Question]:
@@ -191,18 +229,3 @@ class Parity:
         if capacity < 2 * CHUNK:
             return [left_out("full cache", f"a capacity of {capacity} is too small")]
         return stage.full_cache("full cache", source.config.text.visible_keys)
-
-
-def _bounds(bundle: Bundle) -> Bounds:
-    """The bounds that the bundle's recipe states for its storage type."""
-    where = f"{bundle.root / 'bundle.json'}: recipe.parity.bounds.{bundle.dtype}"
-    section: Any = bundle.raw
-    for key in ("recipe", "parity", "bounds", bundle.dtype):
-        section = section.get(key) if isinstance(section, dict) else None
-    names = {each.name for each in fields(Bounds)}
-    numbers = isinstance(section, dict) and all(type(value) in (int, float) for value in section.values())
-    if not numbers or set(section) != names:
-        raise MoiieError(
-            f"{where}: expected a number for each of {', '.join(sorted(names))}", "export the bundle again"
-        )
-    return Bounds(**section)

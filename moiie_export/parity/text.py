@@ -12,7 +12,7 @@ from moiie_export.parity.cases import Question
 from moiie_export.parity.decoder_stage import CaseRun
 from moiie_export.parity.metrics import Array, error
 from moiie_export.parity.report import Check, judge, left_out
-from moiie_export.recipe import Bounds
+from moiie_export.recipe_parity import Bounds
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.generate import Generation, Record
 from moiie_runtime.vlm import VLM

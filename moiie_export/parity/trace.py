@@ -24,11 +24,12 @@ class Routed:
 class Trace:
     """Of a batch: logits [B, kept, V], hidden per layer [B, T, H], keys and values per layer [B, heads, S, D].
 
-    `row` gives the same of one row, without the first axis.
+    A built engine may keep its hidden states to itself: they are None then. `row` gives the same of one row, without
+    the first axis.
     """
 
     logits: Array
-    hidden: tuple[Array, ...]
+    hidden: tuple[Array | None, ...]
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     routing: Mapping[int, Routed]
@@ -37,7 +38,7 @@ class Trace:
         """One row, cut to its own tokens; padding behind them is noise."""
         return Trace(
             self.logits[index],
-            tuple(layer[index, :tokens] for layer in self.hidden),
+            tuple(None if layer is None else layer[index, :tokens] for layer in self.hidden),
             tuple(layer[index] for layer in self.keys),
             tuple(layer[index] for layer in self.values),
             {

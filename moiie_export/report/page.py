@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from moiie_export.report import about, balance, instance, layers, logits, margins, routing, texts, verdict
+from moiie_export.report import about, balance, instance, layers, logits, margins, quantisation, routing, texts, verdict
 from moiie_export.report.document import Document
 from moiie_export.report.html import visible
 from moiie_export.report.section import Section
@@ -24,6 +24,7 @@ SECTIONS: tuple[Callable[[Document], Section | None], ...] = (
     margins.section,
     logits.section,
     texts.section,
+    quantisation.section,
     verdict.left_out,
     about.section,
 )

@@ -188,7 +188,7 @@ def test_an_interrupted_export(moiie: Moiie, checkpoint: Path, monkeypatch: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moiie_export.pipeline.write_weights", interrupt)
+    monkeypatch.setattr("moiie_export.statistics_stage.write_weights", interrupt)
     output = checkpoint.parent / "bundle"
     result = moiie("export", checkpoint, "-o", output)
     assert (result.code, result.err.splitlines()[-1]) == (130, "error: interrupted")

@@ -45,7 +45,7 @@ def exported(golden: GoldenCase, golden_bundle: Callable[[str], Path]) -> Iterat
     with ModelSource.open(golden.checkpoint) as source:
         wanted = family_of(source.config).components(source.config, bundle.kv_cache.capacity)
     prompt = Processor(bundle).from_text((golden.path / "inputs" / "prompt.txt").read_text("utf-8"), golden.images)
-    with BundleGraphs(bundle, wanted, {item.name: load_graph(bundle, item) for item in wanted}) as graphs:
+    with BundleGraphs.marked(bundle, wanted, {item.name: load_graph(bundle, item) for item in wanted}) as graphs:
         yield Exported(golden, bundle, graphs, prompt)
 
 

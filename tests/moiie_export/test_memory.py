@@ -28,11 +28,11 @@ WEIGHTS_STAGE = """
 import sys
 from pathlib import Path
 from moiie_export.source import ModelSource
-from moiie_export.weights_stage import write_weights
+from moiie_export.weights_stage import WeightsJob, write_weights
 checkpoint, dtype, target = sys.argv[1:]
 with ModelSource.open(Path(checkpoint)) as source:
     input("ready\\n")
-    write_weights(source, dtype, Path(target), lambda *_: None)
+    write_weights(WeightsJob.plain(source, dtype), Path(target), lambda *_: None)
 """
 EXPORT = """
 import sys

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from moiie_export.graph_stage import write_graph
 from moiie_export.source import ModelSource
-from moiie_export.weights_stage import WEIGHTS_FILE, write_weights
+from moiie_export.weights_stage import WEIGHTS_FILE, WeightsJob, write_weights
 from moiie_runtime.tensors import TensorFile
 from tests.synthetic import write_checkpoint
 
@@ -137,7 +137,7 @@ class Tiny:
         target = self.directory / to
         (target / "onnx").mkdir(parents=True, exist_ok=True)
         if not (target / WEIGHTS_FILE).is_file():
-            write_weights(self.source, dtype, target / WEIGHTS_FILE, lambda *_: None)
+            write_weights(WeightsJob.plain(self.source, dtype), target / WEIGHTS_FILE, lambda *_: None)
         graph = Graph(target / "onnx" / f"{name}.onnx")
         if not graph.path.is_file():
             write_graph(name, self.source, CAPACITY, target)

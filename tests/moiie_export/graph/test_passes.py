@@ -56,7 +56,8 @@ def ops(graph: ir.Model) -> list[str]:
 
 def test_passes_are_in_an_order_that_ends_with_bodies() -> None:
     names = [each.__name__ for each in PORTABLE]
-    assert names == ["drop_probes", "tidy", "attach_weights", "strip_metadata", "check_attributes", "attach_bodies"]
+    weights = ["quantize_nodes", "attach_weights"]
+    assert names == ["drop_probes", "tidy", *weights, "strip_metadata", "check_attributes", "attach_bodies"]
 
 
 def test_probes_stop_being_outputs_and_keep_their_names() -> None:

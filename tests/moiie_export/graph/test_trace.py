@@ -132,11 +132,11 @@ import sys
 from pathlib import Path
 from moiie_export.graph_stage import write_graph
 from moiie_export.source import ModelSource
-from moiie_export.weights_stage import WEIGHTS_FILE, write_weights
+from moiie_export.weights_stage import WEIGHTS_FILE, WeightsJob, write_weights
 checkpoint, target = Path(sys.argv[1]), Path(sys.argv[2])
 (target / "onnx").mkdir(parents=True)
 with ModelSource.open(checkpoint) as source:
-    write_weights(source, "float32", target / WEIGHTS_FILE, lambda *_: None)
+    write_weights(WeightsJob.plain(source, "float32"), target / WEIGHTS_FILE, lambda *_: None)
     write_graph("decoder_decode", source, int(sys.argv[3]), target)
 """
 

@@ -10,7 +10,7 @@ import onnx
 import onnx.parser
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from moiie_export.graph.translation import register_schemas
 from moiie_export.ops import DOMAIN, OPS
@@ -25,23 +25,30 @@ ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int32)": TensorProto.INT
 IR_VERSION = 10
 """The first with functions that have overloads."""
 
-Run = Callable[[str, Mapping[str, Any], Mapping[str, np.ndarray]], list[np.ndarray]]
+Run = Callable[..., list[np.ndarray]]
 
 
-def single_node(name: str, attributes: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """A model of one bare node; all dimensions are dynamic."""
+def single_node(
+    name: str,
+    attributes: Mapping[str, Any],
+    inputs: Mapping[str, np.ndarray],
+    stored: Mapping[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    """A model of one bare node; all dimensions are dynamic. `stored`: inputs behind the others, as initialisers."""
     register_schemas()
     op = OPS[name]
+    stored = stored or {}
     outputs = [port.name for port in op.outputs]
-    node = helper.make_node(name, list(inputs), outputs, domain=DOMAIN, **attributes)
+    node = helper.make_node(name, [*inputs, *stored], outputs, domain=DOMAIN, **attributes)
     graph = helper.make_graph(
         [node],
         name,
         [helper.make_tensor_value_info(key, TYPES[value.dtype], [None] * value.ndim) for key, value in inputs.items()],
         # the body alone decides the rank of an output
         [onnx.ValueInfoProto(name=port.name, type=_element(ELEMENTS[port.type])) for port in op.outputs],
+        [numpy_helper.from_array(array, key) for key, array in stored.items()],
     )
-    function = onnx.parser.parse_function(op.body(attributes, len(inputs)))
+    function = onnx.parser.parse_function(op.body(attributes, len(node.input)))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=IR_VERSION)
 
@@ -62,10 +69,15 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 @pytest.fixture(scope="session")
 def run_body() -> Run:
-    """run_body(op, attributes, {input: array}) -> the outputs of the op's body in ONNX Runtime."""
+    """run_body(op, attributes, {input: array}, {initialiser: array}) -> the outputs of the op's body in ONNX Runtime."""
 
-    def run(name: str, attributes: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        return list(session(single_node(name, attributes, inputs)).run(None, dict(inputs)))
+    def run(
+        name: str,
+        attributes: Mapping[str, Any],
+        inputs: Mapping[str, np.ndarray],
+        stored: Mapping[str, np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        return list(session(single_node(name, attributes, inputs, stored)).run(None, dict(inputs)))
 
     return run
 

@@ -22,6 +22,20 @@ EXAMPLES = {
     "ModalityRouter": [
         ({"language_experts": [1, 2], "vision_experts": [0, 1], "num_experts": 4}, inputs) for inputs in (2, 4)
     ],
+    "QuantizedExpertDispatch": [
+        (
+            {
+                "experts": [0, 3],
+                "gate_up_bits": bits,
+                "gate_up_group_sizes": [32, 32],
+                "down_bits": [8, 8],
+                "down_group_sizes": [64, 128],
+            },
+            inputs,
+        )
+        for bits, inputs in (([4, 8], 11), ([4, 32], 10), ([32, 32], 9))
+    ],
+    "QuantizedLinear": [({"bits": 4, "group_size": 32}, 3), ({"bits": 8, "group_size": 0}, 4)],
     "TopKRoute": [({"top_k": k}, 1) for k in (1, 2)],
 }
 
@@ -46,7 +60,8 @@ def test_the_schema_is_generated_from_the_record(op: Op) -> None:
     schema = defs.get_schema(op.name, VERSION, DOMAIN)
     option = defs.OpSchema.FormalParameterOption
     assert [port.name for port in op.inputs] == [formal.name for formal in schema.inputs]
-    assert [port.type for port in op.inputs] == [formal.type_str for formal in schema.inputs]
+    assert [{*port.type.split("|")} for port in op.inputs] == [{*formal.types} for formal in schema.inputs]
+    assert [port.variadic and "|" in port.type for port in op.inputs] == [not f.is_homogeneous for f in schema.inputs]
     kinds = [option.Variadic if p.variadic else option.Optional if p.optional else option.Single for p in op.inputs]
     assert kinds == [formal.option for formal in schema.inputs]
     assert [(port.name, port.type) for port in op.outputs] == [(out.name, out.type_str) for out in schema.outputs]

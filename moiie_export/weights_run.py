@@ -1,0 +1,202 @@
+"""One run over the work of writing weights: blocks on all cores, in order, noted in the journal as they are done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from moiie_export.quantize.folding import Fold
+from moiie_export.quantize.statistics import InputStatistics
+from moiie_export.stages import Progress
+from moiie_export.weights_file import WeightsFile
+from moiie_export.weights_units import BLOCK, Unit, units_of, write_plain, write_quantized
+from moiie_runtime.cores import available_cores
+
+if TYPE_CHECKING:
+    from moiie_export.quantize.awq import Consumer
+    from moiie_export.weights_stage import WeightsJob
+
+COMMIT_BYTES = 256 << 20
+"""What is written between two notes in the journal; a killed export loses at most that much."""
+MOST_WORKERS = 16
+SEARCH_ELEMENTS = 1 << 26
+"""Numbers of all the weights together on which factors are searched; of larger ones some rows stand for all."""
+
+Step: TypeAlias = "Fold | Unit"
+Float32 = npt.NDArray[np.float32]
+
+
+class StatisticsProvider(Protocol):
+    """What calibration measured."""
+
+    def get(self, parameter: str) -> InputStatistics | None:
+        """Statistics of the inputs that a parameter is multiplied with; None when too few tokens reached it."""
+        ...
+
+
+@dataclass
+class Run:
+    """The steps that are not done yet; factors come first, since blocks depend on them.
+
+    Attributes:
+        job: what to write.
+        file: where to.
+        steps: all steps, done ones too.
+        progress: told how many numbers are written.
+    """
+
+    job: WeightsJob
+    file: WeightsFile
+    steps: Sequence[Step]
+    progress: Progress
+    _notes: dict[str, str] = field(default_factory=dict)
+    _scales: dict[str, Float32] = field(default_factory=dict)
+    _last: tuple[str, InputStatistics | None] = ("", None)
+
+    def run(self) -> None:
+        """Do them.
+
+        Raises:
+            MoiieError: see `write_weights`.
+        """
+        self._notes |= self.file.notes
+        self._scales = {fold.tensor: self.file.read(fold.tensor) for fold in self._folds(self.steps[: self.file.done])}
+        total = sum(map(_elements, self.steps))
+        done, uncommitted = sum(map(_elements, self.steps[: self.file.done])), 0.0
+        each = self.file.nbytes / max(1, total)
+        for number, step in enumerate(self._finished(), start=self.file.done + 1):
+            done += _elements(step)
+            uncommitted += _elements(step) * each
+            self.progress("weights", done, total)
+            if uncommitted >= COMMIT_BYTES or isinstance(step, Fold):
+                self.file.commit(number, self._notes)
+                uncommitted = 0.0
+        self.file.commit(len(self.steps), self._notes)
+
+    def _finished(self) -> Iterator[Step]:
+        """The steps in order, each when it and all before it are done."""
+        waiting: deque[tuple[Unit, Future[str]]] = deque()
+        workers = min(MOST_WORKERS, available_cores())
+        threads = _Threads(form.scheme is not None for form in self.job.forms.values())
+        with threads, ThreadPoolExecutor(workers, "weights", threads.take_one) as pool:
+            try:
+                for step in self.steps[self.file.done :]:
+                    alone = self._takes_all_cores(step)
+                    while waiting and (alone or len(waiting) > 2 * workers):
+                        yield self._result(*waiting.popleft())
+                    if isinstance(step, Fold):
+                        self._search(step)
+                        yield step
+                    elif alone:
+                        threads.take_all()
+                        self._note(step, self._write(step, self._statistics(step.parameter)))
+                        yield step
+                    else:
+                        waiting.append((step, pool.submit(self._write, step)))
+                while waiting:
+                    yield self._result(*waiting.popleft())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _takes_all_cores(self, step: Step) -> bool:
+        return isinstance(step, Fold) or self.job.forms[step.weight.name].calibrated
+
+    def _result(self, unit: Unit, future: Future[str]) -> Unit:
+        self._note(unit, future.result())
+        return unit
+
+    def _note(self, unit: Unit, note: str) -> None:
+        if note:
+            self._notes[unit.parameter] = note
+
+    def _write(self, unit: Unit, statistics: InputStatistics | None = None) -> str:
+        """Write a unit; returns why it was not stored as asked for, or nothing."""
+        form = self.job.forms[unit.weight.name]
+        rows = self.job.source.part_rows(unit.part, unit.start, unit.stop)
+        rows = self.job.folding.apply(unit.parameter, rows, unit.first_row, self._scales)
+        if form.scheme is None:
+            write_plain(unit, rows, form, self.file)
+            return ""
+        return write_quantized(unit, rows, form, self.file, statistics)
+
+    def _statistics(self, parameter: str) -> InputStatistics | None:
+        """Statistics of what reaches a parameter in the bundle; the same object for all its blocks."""
+        if self._last[0] != parameter:
+            provider = self.job.statistics
+            found = None if provider is None else provider.get(parameter)
+            fold = self.job.folding.reads(parameter)
+            if found is not None and fold is not None:
+                found = found.divided(self._scales[fold.tensor])
+            self._last = (parameter, found)
+        return self._last[1]
+
+    def _search(self, fold: Fold) -> None:
+        from moiie_export.quantize.awq import search_scale
+
+        consumers = [each for name in fold.consumers if (each := self._consumer(name, len(fold.consumers))) is not None]
+        scale = search_scale(consumers) if consumers else np.ones(fold.width, np.float32)
+        self.file.write(fold.tensor, 0, scale)
+        self._scales[fold.tensor] = scale
+
+    def _consumer(self, parameter: str, sharing: int) -> Consumer | None:
+        """A reader of the input, by evenly spaced rows where it is large; None when nothing is known of its inputs."""
+        from moiie_export.quantize.awq import Consumer
+
+        provider = self.job.statistics
+        statistics = None if provider is None else provider.get(parameter)
+        weight, _, shape = self.job.source.weight_map.by_parameter()[parameter]
+        scheme = self.job.forms[weight.name].scheme
+        if statistics is None or scheme is None:
+            return None
+        step = -(-shape[0] * shape[1] * sharing // SEARCH_ELEMENTS)
+        blocks = []
+        for unit in units_of(weight, BLOCK):
+            if unit.parameter == parameter:
+                rows = self.job.source.part_rows(unit.part, unit.start, unit.stop)
+                blocks.append(np.array(rows[-unit.first_row % step :: step]))
+        return Consumer(np.concatenate(blocks), scheme, statistics, parameter)
+
+    @staticmethod
+    def _folds(steps: Iterable[Step]) -> list[Fold]:
+        return [step for step in steps if isinstance(step, Fold)]
+
+
+class _Threads:
+    """torch's own threads: one in each of our workers, all where one piece of work has the machine to itself."""
+
+    def __init__(self, needed: Iterable[bool]) -> None:
+        self._needed = any(needed)  # torch is not imported for nothing
+        self._all = 1
+
+    def __enter__(self) -> None:
+        if self._needed:
+            import torch
+
+            self._all = torch.get_num_threads()
+
+    def __exit__(self, *_: object) -> None:
+        self.take_all()
+
+    def take_one(self) -> None:
+        """In a worker, when it starts."""
+        self._set(1)
+
+    def take_all(self) -> None:
+        """In the main thread."""
+        self._set(self._all)
+
+    def _set(self, threads: int) -> None:
+        if self._needed:
+            import torch
+
+            torch.set_num_threads(threads)
+
+
+def _elements(step: Step) -> int:
+    return step.elements if isinstance(step, Unit) else 0
