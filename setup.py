@@ -1,11 +1,16 @@
 """Finds the packages; everything else about the distribution is in pyproject.toml.
 
-Three folders are installed under other names or beside each other, which a declarative list could only repeat by hand.
+Four folders are installed under other names or beside each other, which a declarative list could only repeat by hand.
 """
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"moiie_export": "moiie_export", "moiie_recipes": "recipes", "moiie_runtime": "runtime"}
+FOLDERS = {
+    "moiie_export": "moiie_export",
+    "moiie_plugins": "plugins",
+    "moiie_recipes": "recipes",
+    "moiie_runtime": "runtime",
+}
 
 setup(
     package_dir=FOLDERS,

@@ -22,6 +22,7 @@ from moiie_runtime.tensors import TensorFile
 from moiie_runtime.vision import Vision
 
 Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,20 @@ class StepResult:
     logits: Floats
     routing: Mapping[int, LayerRouting]
     instances: tuple[Instance, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of a cache a run uses, and how many tokens each of them holds."""
+
+    which: slice
+    past_lengths: Ids
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    all_logits: bool
+    routing: bool
 
 
 class Decoder:
@@ -57,9 +72,11 @@ class Decoder:
         router, adapters = bundle.instance_router, bundle.adapters
         self._router = None if router is None else InstanceRouting(bundle, router, sessions)
         self._adapters = None if adapters is None else Adapters(bundle, adapters)
-        self._bound: dict[str, KVCache] = {}
+        self._bound: dict[str, tuple[KVCache, slice]] = {}
         self._weights = TensorFile(bundle.path(bundle.embed_tokens.file))
         self._table = _embedding_table(bundle, self._weights)
+        built = bundle.weights_file != bundle.embed_tokens.file
+        self._phase_weights = TensorFile(bundle.path(bundle.weights_file)) if built else self._weights
 
     @property
     def num_experts(self) -> int:
@@ -122,12 +139,21 @@ class Decoder:
             if instance is not None and pictures is not None:
                 instances[row] = replace(instance, contributions=pictures.contributions)
             modality[row, : prompt.length] = prompt.token_modality
-        kept = np.tile(np.arange(longest), (batch, 1)) if all_logits else lengths[:, None] - 1
-        feeds: dict[str, Array] = {"inputs_embeds": embeds, "token_modality": modality, "logits_to_keep": kept}
         if self._adapters is not None:
             self.release(cache)  # a cache that was used before is bound with the adapters of that time
             cache.constants = self._adapters.inputs([instance.mole_index for instance in instances])
-        result = self._run("decoder_prefill", feeds, cache, routing)
+        feeds = {"inputs_embeds": embeds, "token_modality": modality}
+        if longest <= (self._bundle.prefill_chunk or longest):
+            kept = np.tile(np.arange(longest), (batch, 1)) if all_logits else lengths[:, None] - 1
+            result = self._run(
+                "decoder_prefill",
+                {**feeds, "logits_to_keep": kept},
+                cache,
+                _Rows(slice(0, batch), cache.lengths[:batch]),
+                routing,
+            )
+        else:
+            result = self._in_chunks(feeds, lengths, cache, _Wanted(all_logits, routing))
         cache.lengths[:batch] = lengths
         return replace(result, instances=tuple(instances))
 
@@ -146,14 +172,15 @@ class Decoder:
             Logits [rows, 1, vocabulary].
         """
         embeds = self._rows(np.array(token_ids, np.int64))[:, None]
-        result = self._run("decoder_decode", {"inputs_embeds": embeds}, cache, routing)
+        rows = _Rows(slice(0, len(embeds)), cache.lengths)
+        result = self._run("decoder_decode", {"inputs_embeds": embeds}, cache, rows, routing)
         cache.lengths += active
         return result
 
     def release(self, cache: KVCache) -> None:
         """Let go of a cache that will not be used again, so that its memory can go."""
         with self._sessions.lock:
-            for component in [name for name, bound in self._bound.items() if bound is cache]:
+            for component in [name for name, bound in self._bound.items() if bound[0] is cache]:
                 self._sessions.get(component).unbind()
                 del self._bound[component]
 
@@ -163,7 +190,7 @@ class Decoder:
         used = {weight for phase in self._bundle.phases.values() for weight in phases[phase].weights}
         unused = used - {*phases["decode"].weights}
         with self._sessions.lock:  # not while a graph runs: its pages would be read twice
-            return release_pages(self._weights.path, weight_views(self._weights.header, sorted(unused)))
+            return release_pages(self._phase_weights.path, weight_views(self._phase_weights.header, sorted(unused)))
 
     def close(self) -> None:
         """Close all sessions. Closing twice is allowed."""
@@ -182,20 +209,40 @@ class Decoder:
             )
         return self._router([instruction for instruction in instructions if instruction is not None])
 
-    def _run(self, component: str, feeds: dict[str, Array], cache: KVCache, routing: bool) -> StepResult:
+    def _in_chunks(self, feeds: dict[str, Array], lengths: Ids, cache: KVCache, wanted: _Wanted) -> StepResult:
+        """A prefill in pieces, row by row, so that what it works with does not grow with the prompt."""
+        chunk = self._bundle.prefill_chunk
+        assert chunk is not None
+        batch, longest = feeds["inputs_embeds"].shape[:2]
+        logits = np.zeros((batch, longest if wanted.all_logits else 1, self._bundle.model.vocab_size), np.float32)
+        routing: dict[int, LayerRouting] = {}
+        for row, length in enumerate(lengths.tolist()):
+            for start in range(0, length, chunk):
+                part = slice(start, min(start + chunk, length))
+                size = part.stop - start
+                piece = {name: array[row : row + 1, part] for name, array in feeds.items()}
+                piece["logits_to_keep"] = np.arange(size)[None] if wanted.all_logits else np.array([[size - 1]])
+                rows = _Rows(slice(row, row + 1), np.array([start], np.int64))
+                result = self._run("decoder_prefill", piece, cache, rows, wanted.routing)
+                logits[row, part if wanted.all_logits else slice(None)] = result.logits[0]
+                _put(routing, result.routing, (batch, longest), (row, part))
+        return StepResult(logits, routing)
+
+    def _run(self, component: str, feeds: dict[str, Array], cache: KVCache, rows: _Rows, routing: bool) -> StepResult:
         model = self._bundle.model
-        rows, sequence = feeds["inputs_embeds"].shape[:2]
+        batch, sequence = feeds["inputs_embeds"].shape[:2]
         layers = model.moe.layers if routing and model.moe is not None else ()
         names = [f"{kind}.{layer}" for layer in layers for kind in ("expert_ids", "expert_weights")]
         with self._sessions.lock:
             session = self._sessions.get(component)
-            if self._bound.get(component) is not cache:
-                cache.bind(session, rows)
-                self._bound[component] = cache
+            bound = self._bound.get(component)
+            if bound is None or bound[0] is not cache or bound[1] != rows.which:
+                cache.bind(session, rows.which)
+                self._bound[component] = (cache, rows.which)
             # A model without experts has no use for the modality, and its graph no such input.
             fitting = {name: array for name, array in feeds.items() if name in session.inputs}
-            outputs = session.run({**fitting, "past_lengths": cache.lengths[:rows]}, ["logits", *names])
-        chosen = {name: outputs[name].reshape(rows, sequence, -1) for name in names}
+            outputs = session.run({**fitting, "past_lengths": rows.past_lengths}, ["logits", *names])
+        chosen = {name: outputs[name].reshape(batch, sequence, -1) for name in names}
         return StepResult(
             outputs["logits"],
             {layer: LayerRouting(chosen[f"expert_ids.{layer}"], chosen[f"expert_weights.{layer}"]) for layer in layers},
@@ -203,6 +250,18 @@ class Decoder:
 
     def _rows(self, ids: NDArray[np.int64]) -> Floats:
         return self._table[ids].astype(np.float32, copy=False)
+
+
+def _put(
+    whole: dict[int, LayerRouting], part: Mapping[int, LayerRouting], shape: tuple[int, int], where: tuple[int, slice]
+) -> None:
+    """Write the routing of a piece of one row into that of the whole prefill [rows, tokens, k]."""
+    for layer, routing in part.items():
+        if layer not in whole:
+            sizes = (*shape, routing.expert_ids.shape[-1])
+            whole[layer] = LayerRouting(np.zeros(sizes, np.int32), np.zeros(sizes, np.float32))
+        whole[layer].expert_ids[where] = routing.expert_ids[0]
+        whole[layer].expert_weights[where] = routing.expert_weights[0]
 
 
 def _embedding_table(bundle: Bundle, weights: TensorFile) -> Array:

@@ -16,6 +16,8 @@ from moiie_runtime.errors import MissingDependency
 
 Ids = NDArray[np.int64]
 
+_ALL = slice(None)
+
 
 class KVCache:
     """One buffer for the keys and one for the values of every layer, each [rows, kv_heads, capacity, head_dim].
@@ -59,13 +61,18 @@ class KVCache:
         }
         self.lengths = np.zeros(batch * num_beams, np.int64)
 
-    def bind(self, session: Session, rows: int | None = None) -> None:
-        """Tie a decoder's past inputs and present outputs to the first rows of these buffers, or to all; and constants."""
+    def bind(self, session: Session, rows: slice = _ALL) -> None:
+        """Tie a decoder's past inputs and present outputs to rows of these buffers, by default all; and constants.
+
+        Args:
+            session: of a decoder graph.
+            rows: one row of each request (as long as `batch`), a single one of these, or all.
+        """
+        first, last, _ = rows.indices(self.batch * self.num_beams)
         for name, array in self.constants.items():
-            spread = self.num_beams if len(array) > 1 and rows != self.batch else 1
-            session.bind(name, array if spread == 1 else np.repeat(array, spread, axis=0))
+            session.bind(name, _constant_rows(array, slice(first, last), self.batch, self.num_beams))
         for name, buffer in self._buffers.items():
-            part = buffer if rows is None else buffer[:rows]
+            part = buffer if last - first == len(buffer) else buffer[first:last]
             session.bind(f"past_key_values.{name}", part)
             session.bind(f"present.{name}", part)
 
@@ -111,6 +118,15 @@ class KVCache:
 
     def _rows(self, request: int) -> range:
         return range(request * self.num_beams, (request + 1) * self.num_beams)
+
+
+def _constant_rows(array: NDArray[np.float32], rows: slice, batch: int, num_beams: int) -> NDArray[np.float32]:
+    """What stays the same for rows of a cache, given once for all requests or once for each."""
+    if len(array) == 1:
+        return array
+    if rows.stop <= batch:  # prefill: a row for each request
+        return array[rows]
+    return np.repeat(array, num_beams, axis=0)
 
 
 _SPARE = -1

@@ -12,6 +12,7 @@ from moiie_runtime.backends.session import TensorSpec
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.fields import Fields
 from moiie_runtime.instance_settings import AdapterBanks, InstanceRouter, read_adapter_banks, read_instance_router
+from moiie_runtime.quantized_weights import read_quantization
 from moiie_runtime.vision_settings import Encoder, read_encoders
 
 SCHEMA = 1
@@ -131,6 +132,9 @@ class Manifest:
         generation: defaults of `GenerationConfig`.
         penalty_prompt: what the repetition penalty counts as used before the first token, the authors' rule for the
             model: the text of the prompt (`prompt`, of bundles that do not say), the start token (`bos`), or `none`.
+        weights_file: the file that holds the weights which `residency` names.
+        quantization: stored tensor -> its format, of those that are quantised.
+        prefill_chunk: tokens of a prompt that one run of the prefill takes; None: all.
     """
 
     name: str
@@ -149,6 +153,9 @@ class Manifest:
     components: Mapping[str, Component]
     residency: Mapping[str, Residency]
     files: Mapping[str, FileRecord]
+    weights_file: str
+    quantization: Mapping[str, str]
+    prefill_chunk: int | None
 
     @property
     def phases(self) -> dict[str, str]:
@@ -192,9 +199,12 @@ def read_manifest(data: Mapping[str, Any], file: str) -> Manifest:
             kv_cache.string("dtype", ("float32",)),
             kv_cache.integer("capacity", 1),
         ),
-        components=_components(top),
-        residency=_residency(top),
-        files={name: _file_record(fields) for name, fields in top.children("files").items()},
+        components=read_components(top),
+        residency=read_residency(top),
+        files=read_files(top),
+        weights_file=embed.string("file"),
+        quantization=read_quantization(top),
+        prefill_chunk=None,
     )
     _check_complete(top, manifest)
     return manifest
@@ -282,18 +292,25 @@ def _is_control(character: str) -> bool:
     return unicodedata.category(character) == "Cc" and character not in "\t\n\v\f\r\x85"
 
 
-def _components(top: Fields) -> dict[str, Component]:
+def read_components(top: Fields) -> dict[str, Component]:
+    """The section `components` of a manifest."""
     return {
         name: Component(fields.string("file"), _specs(fields, "inputs"), _specs(fields, "outputs"))
         for name, fields in top.children("components").items()
     }
 
 
-def _residency(top: Fields) -> dict[str, Residency]:
+def read_residency(top: Fields) -> dict[str, Residency]:
+    """The section `residency` of a manifest."""
     return {
         phase: Residency(fields.strings("weights"), fields.integer("bytes", 0))
         for phase, fields in top.children("residency").items()
     }
+
+
+def read_files(top: Fields) -> dict[str, FileRecord]:
+    """The section `files` of a manifest."""
+    return {name: _file_record(fields) for name, fields in top.children("files").items()}
 
 
 def _check_complete(top: Fields, manifest: Manifest) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moiie_runtime.answer import Answer
-from moiie_runtime.backends import get_backend
-from moiie_runtime.backends.session import Session
+from moiie_runtime.backends import backend_names, get_backend
+from moiie_runtime.backends.session import PORTABLE_OPTIONS, Session
 from moiie_runtime.beam_generate import generate_beams, stream_beams
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.chat import Message
 from moiie_runtime.decoder import Decoder
+from moiie_runtime.engines import DEFAULT_TARGET, PORTABLE, built_targets, open_engine
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.feature_cache import FeatureCache
 from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generate, stream
@@ -36,7 +37,7 @@ FEATURE_CACHE = 64 * 2**20
 def load(
     path: str | os.PathLike[str],
     *,
-    backend: str = "onnxruntime",
+    target: str | None = None,
     threads: int | None = None,
     memory_limit: int | str | None = None,
     feature_cache: int | str = FEATURE_CACHE,
@@ -46,7 +47,9 @@ def load(
 
     Args:
         path: the bundle's directory.
-        backend: what runs the graphs; see `moiie_runtime.backends`.
+        target: a form that `moiie build` made of the bundle; "portable" for the bundle's own graphs; or the name of a
+            backend that shall run these (see `moiie_runtime.backends`). None: the form "cpu" where the bundle was built
+            for it, else its own graphs.
         threads: threads for the arithmetic; None for one for each physical core that the process may use.
         memory_limit: bytes, or a text such as "8GiB"; requests predicted to need more are refused.
         feature_cache: bytes, or a text such as "1GiB", for features of pictures: another question on one of them runs
@@ -55,7 +58,7 @@ def load(
             approximation, off by default.
 
     Raises:
-        MoiieError: no bundle, a damaged one, an unknown backend, or a bad argument.
+        MoiieError: no bundle, a damaged one, a form it was not built in, or a bad argument.
         MissingDependency: the backend's packages are not installed, or the limit is too low for this bundle.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -63,16 +66,31 @@ def load(
     limit = None if memory_limit is None else parse_size(memory_limit)
     keeps_none = feature_cache in (0, "0") and not isinstance(feature_cache, bool)
     budget = 0 if keeps_none else parse_size(feature_cache)
-    bundle = Bundle.open(path)
+    bundle, open_session = _opened(Bundle.open(path), target, threads)
+    return VLM(bundle, open_session, limit, feature_cache=budget, skip_below=skip_below)
+
+
+def _opened(bundle: Bundle, target: str | None, threads: int | None) -> tuple[Bundle, Callable[[str], Session]]:
+    """The form of a bundle that will run, and what opens its graphs."""
+    wanted = target or (DEFAULT_TARGET if DEFAULT_TARGET in built_targets(bundle) else PORTABLE)
+    options = PORTABLE_OPTIONS
+    if wanted == PORTABLE:
+        backend = "onnxruntime"
+    elif wanted in backend_names():
+        backend = wanted
+    else:
+        engine = open_engine(bundle, wanted)
+        bundle, backend, threads = engine.bundle, engine.backend, threads or engine.threads
+        options = engine.options()
     opener = get_backend(backend)
 
     def open_session(component: str) -> Session:
         path = bundle.path(bundle.components[component].file)
         # Prefill and the vision encoder run once a request: what they work with must not stay while tokens are made.
         transient = component != "decoder_decode"
-        return opener(path, component=component, threads=threads, transient=transient)
+        return opener(path, component=component, threads=threads, transient=transient, options=options)
 
-    return VLM(bundle, open_session, limit, feature_cache=budget, skip_below=skip_below)
+    return bundle, open_session
 
 
 class VLM:

@@ -116,6 +116,11 @@ _THE_BUNDLES = "  [default: the bundle's]"
 )
 @click.option("--all-logits", is_flag=True, help="Save the logits of every prompt position, not only of the last.")
 @click.option(
+    "--target",
+    metavar="NAME",
+    help="A form that `moiie build` made, or portable for the bundle's own graphs.  [default: cpu if built, else portable]",
+)
+@click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with.  [default: one a core]"
 )
 @click.option(
@@ -131,7 +136,8 @@ def command(bundle: Path, **options: Any) -> None:
     wanted = _checked(options)
     import moiie_runtime
 
-    with moiie_runtime.load(bundle, threads=wanted["threads"], memory_limit=wanted["memory_limit"]) as vlm:
+    settings = {name: wanted[name] for name in ("target", "threads", "memory_limit")}
+    with moiie_runtime.load(bundle, **settings) as vlm:
         prompt = _prepared(vlm, wanted)
         _say_memory(vlm, prompt, wanted)
         if wanted["as_json"] or wanted["routing"] or wanted["save_outputs"]:

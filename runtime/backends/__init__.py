@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Protocol, cast
 
-from moiie_runtime.backends.session import Session
+from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, Session
 from moiie_runtime.errors import MoiieError
 
 ENTRY_POINT_GROUP = "moiie.backends"
@@ -17,7 +17,15 @@ _BUILT_IN = {"onnxruntime": "moiie_runtime.backends.onnxruntime:OnnxRuntimeSessi
 class OpenSession(Protocol):
     """What a backend's entry names: it opens one graph file."""
 
-    def __call__(self, model: Path, *, component: str, threads: int | None, transient: bool) -> Session:
+    def __call__(
+        self,
+        model: Path,
+        *,
+        component: str,
+        threads: int | None,
+        transient: bool,
+        options: EngineOptions = PORTABLE_OPTIONS,
+    ) -> Session:
         """Open the graph of `component`.
 
         Args:
@@ -25,6 +33,7 @@ class OpenSession(Protocol):
             component: its name, for messages.
             threads: None for one for each available core.
             transient: give the memory of intermediate results back after each run.
+            options: what a built form of the bundle asks for.
         """
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from moiie_runtime.backends.session import Array, Sizes, TensorSpec, check_array, check_feeds, named_sizes
+from moiie_runtime.backends.session import (
+    PORTABLE_OPTIONS,
+    Array,
+    EngineOptions,
+    Sizes,
+    TensorSpec,
+    check_array,
+    check_feeds,
+    named_sizes,
+)
 from moiie_runtime.cores import available_cores
 from moiie_runtime.errors import MissingDependency, MoiieError
 
@@ -47,6 +56,7 @@ class OnnxRuntimeSession:
         threads: how many compute; None for one for each available core.
         transient: give the memory of intermediate results back after each run, instead of keeping it for the next.
         folder: where external data lies when `model` is bytes.
+        options: what a built form of the bundle asks for.
 
     Raises:
         MoiieError: ONNX Runtime cannot load the graph.
@@ -60,14 +70,20 @@ class OnnxRuntimeSession:
         threads: int | None = None,
         transient: bool = False,
         folder: Path | None = None,
+        options: EngineOptions = PORTABLE_OPTIONS,
     ) -> None:
         self._where = component if isinstance(model, bytes) else f"{component} ({model})"
-        options = _options(available_cores() if threads is None else threads)
+        settings = _settings(available_cores() if threads is None else threads)
+        if not options.prepack:
+            # Packing would copy every weight into memory of its own, once a session; unpacked ones stay mapped.
+            settings.add_session_config_entry("session.disable_prepacking", "1")
         if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         source = model if isinstance(model, bytes) else str(model)
         try:
-            self._session: Any = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            for library in options.libraries:
+                settings.register_custom_ops_library(str(library))
+            self._session: Any = ort.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exception types share no base class of their own
             raise MoiieError(
                 f"{self._where}: ONNX Runtime {ort.__version__} cannot load the graph: {_first_line(error)}",
@@ -207,23 +223,21 @@ class OnnxRuntimeSession:
         return specs
 
 
-def _options(threads: int) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = _FATAL
+def _settings(threads: int) -> Any:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _FATAL
     # A memory plan for each prompt length would be kept beside the memory of the runs before it.
-    options.enable_mem_pattern = False
-    # Packing would copy every weight into memory of its own, once a session; unpacked ones stay mapped.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    settings.enable_mem_pattern = False
     # Each session has threads of its own. One pool for the process would be leaner, but once it exists ONNX Runtime
     # refuses every session of the program that was not made for it.
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
     # Threads that wait by spinning take the cores from the session that works (4 sessions: 1.5 times as long in the
     # median, 5 times at the 90th percentile) and from other programs (busy machine: twice as long). So: not at all
     # between runs, and between the operators of a run only for as long as the next one takes to come.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-    return options
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    return settings
 
 
 def _bind_input(binding: Any, name: str, array: Array) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -29,6 +30,23 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the graphs of a built form ask of their sessions.
+
+    Attributes:
+        libraries: of custom ops.
+        prepack: bring weights into ONNX Runtime's own order when they are loaded, which takes memory of its own.
+    """
+
+    libraries: tuple[Path, ...] = ()
+    prepack: bool = False
+
+
+PORTABLE_OPTIONS = EngineOptions()
+"""Of a bundle's own graphs: no library, weights used where they lie."""
 
 
 class Session(Protocol):

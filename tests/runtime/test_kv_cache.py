@@ -51,7 +51,7 @@ def filled(bundle, batch, num_beams, lengths):
 
 def test_prefill_is_bound_to_the_first_rows(bundle):
     cache, session = KVCache(bundle, 2, 3), Bindings()
-    cache.bind(session, 2)
+    cache.bind(session, slice(2))
     for name in cache:
         assert session[f"past_key_values.{name}"] is session[f"present.{name}"]
         assert session[f"present.{name}"].shape == (2, 2, 64, 8)

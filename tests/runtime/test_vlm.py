@@ -115,7 +115,7 @@ def test_truncated_and_missing_files_are_refused_at_load(copied):
         ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
         ({"threads": True}, "threads must be"),
         ({"threads": "2"}, "threads must be"),
-        ({"backend": "none"}, "no backend is called 'none'"),
+        ({"target": "none"}, "not built for target 'none'"),
         ({"memory_limit": "lots"}, "a memory size must be"),
     ],
 )

@@ -1,0 +1,271 @@
+"""One ONNX file in a TensorRT dialect -> one engine file."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moiie_export.builders.engine_specs import Profile
+from moiie_export.builders.library import Library
+from moiie_runtime.errors import MissingDependency, MoiieError
+
+_log = logging.getLogger(__name__)
+
+_NOISE = ("cudaError 35", "CUDA driver version is insufficient", "CUDA initialization failure with error: 35")
+"""Said about any failure on a machine without a driver, whatever its cause."""
+
+_DROPPED = "Unused Input"
+"""An input that the parser ignores: the engine would compute something else, without an error."""
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """What to build.
+
+    Attributes:
+        name: of the network; two builds of the same graph differ in nothing else.
+        graph: the ONNX file, its weights beside it.
+        output: the engine file.
+        profiles: sizes of open dimensions.
+        sms: compute capabilities; those of the GPU here when the library builds for no other.
+        plugins: the plugin library, or None.
+        embed_plugins: whether it is stored in the engine.
+        timing_cache: measured kernels of earlier builds, read and written; None: none.
+    """
+
+    name: str
+    graph: Path
+    output: Path
+    profiles: Sequence[Profile]
+    sms: tuple[int, ...]
+    plugins: Path | None = None
+    embed_plugins: bool = True
+    timing_cache: Path | None = None
+
+
+def compile_engine(library: Library, job: EngineJob, progress: Callable[[int, int], None]) -> None:
+    """Parse and build.
+
+    Args:
+        library: TensorRT.
+        job: what to build.
+        progress: called with steps done and steps in all.
+
+    Raises:
+        MoiieError: the parser or the builder refuses; with what it said.
+        KeyboardInterrupt: after the builder has stopped.
+    """
+    trt = library.trt
+    listener = _listener(trt)
+    builder = trt.Builder(listener)
+    network, parser = _parse(trt, builder, listener, job)
+    config = builder.create_builder_config()
+    _set_targets(config, library, job.sms)
+    for profile in _optimization_profiles(builder, network, job):
+        config.add_optimization_profile(profile)
+    if job.plugins is not None and job.embed_plugins:
+        config.plugins_to_serialize = [str(job.plugins)]
+    if any(network.get_input(i).name.startswith("past_key_values") for i in range(network.num_inputs)):
+        _allow_aliases(trt, config)
+    cache = _timing_cache(config, job)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    _write(trt, builder, (network, config), job, listener)
+    monitor.reraise()
+    if cache is not None and job.timing_cache is not None:
+        job.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    del parser  # holds the weights that the network refers to
+
+
+def load_plugins(library: Library, path: Path) -> None:
+    """Register the plugins of a shared library, once a process.
+
+    Raises:
+        MissingDependency: it cannot be loaded, or registers nothing.
+    """
+    registry = library.trt.get_plugin_registry()
+    try:
+        handle = registry.load_library(str(path))
+    except Exception as error:
+        raise MissingDependency(f"{path}: cannot be loaded: {error}", "build it again with `moiie plugins build`") from error
+    if handle is None:
+        raise MissingDependency(f"{path}: registers no plugins", "build it again with `moiie plugins build`")
+
+
+@dataclass
+class Said:
+    """What TensorRT said while it worked."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def hear(self, is_error: bool, message: str) -> None:
+        """Sort a message; what every failure says here is dropped."""
+        if any(noise in message for noise in _NOISE):
+            _log.debug("%s", message)
+            return
+        (self.errors if is_error else self.warnings).append(message)
+        _log.log(logging.DEBUG if is_error else logging.INFO, "%s", message)
+
+    def refusal(self, what: str, hint: str) -> MoiieError:
+        """An error with the first thing it complained about."""
+        first = self.errors[0] if self.errors else "it gave no reason"
+        return MoiieError(f"{what}: {' '.join(first.split())[:600]}", hint)
+
+
+def _listener(trt: Any) -> Any:
+    class Listener(trt.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.said = Said()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.WARNING:
+                self.said.hear(severity <= trt.ILogger.Severity.ERROR, message)
+
+    return Listener()
+
+
+def _parse(trt: Any, builder: Any, listener: Any, job: EngineJob) -> tuple[Any, Any]:
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    network.name = job.name
+    parser = trt.OnnxParser(network, listener)
+    said: Said = listener.said
+    if not parser.parse_from_file(str(job.graph)):
+        found = [parser.get_error(i) for i in range(parser.num_errors)]
+        said.errors[:0] = [f"{each.desc()} (node {each.node_name() or each.node()})" for each in found]
+        raise said.refusal(f"{job.name}: TensorRT cannot parse the graph", _parse_hint(said))
+    dropped = [warning for warning in said.warnings if _DROPPED in warning]
+    if dropped:
+        said.errors[:0] = dropped
+        raise said.refusal(f"{job.name}: TensorRT would ignore an input of a node", "this is a defect of the builder")
+    return network, parser
+
+
+def _parse_hint(said: Said) -> str:
+    if any("Plugin not found" in error for error in said.errors):
+        return "build the plugin library with `moiie plugins build` and name it with --plugins"
+    return "run again with -v for all that TensorRT said; `moiie check` knows what each version takes"
+
+
+def _set_targets(config: Any, library: Library, sms: tuple[int, ...]) -> None:
+    if not library.sms:
+        return
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        if not config.set_compute_capability(library.sms[sm], index):
+            raise MissingDependency(f"{library.name} {library.version} refuses SM {sm}", None)
+
+
+def _optimization_profiles(builder: Any, network: Any, job: EngineJob) -> list[Any]:
+    """One for each named profile; none when all shapes are fixed."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    moving = [tensor for tensor in inputs if -1 in tuple(tensor.shape)]
+    if not moving:
+        return []
+    profiles = []
+    for named in job.profiles:
+        profile = builder.create_optimization_profile()
+        for tensor in moving:
+            profile.set_shape(tensor.name, *_shapes(tensor, network, named, job))
+        profiles.append(profile)
+    return profiles
+
+
+def _shapes(tensor: Any, network: Any, profile: Profile, job: EngineJob) -> list[tuple[int, ...]]:
+    """Smallest, best and largest shape of an input."""
+    sizes = []
+    for axis, size in enumerate(tuple(tensor.shape)):
+        name = tensor.get_dimension_name(axis) if size == -1 else ""
+        if size == -1 and name not in profile.sizes:
+            raise MoiieError(f"{job.name}: input {tensor.name}: profile {profile.name} has no size for {name or axis}", None)
+        sizes.append(profile.sizes[name] if size == -1 else (size, size, size))
+    return [tuple(size[which] for size in sizes) for which in range(3)]
+
+
+def _allow_aliases(trt: Any, config: Any) -> None:
+    """Our KVCacheUpdate writes into its input; releases that have a switch for that have it off."""
+    feature = getattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
+
+
+def _timing_cache(config: Any, job: EngineJob) -> Any:
+    if job.timing_cache is None:
+        return None
+    known = job.timing_cache.read_bytes() if job.timing_cache.is_file() else b""
+    cache = config.create_timing_cache(known)
+    return cache if cache is not None and config.set_timing_cache(cache, True) else None
+
+
+def _write(trt: Any, builder: Any, made: tuple[Any, Any], job: EngineJob, listener: Any) -> None:
+    """Build into the file, in pieces where the library can."""
+    network, config = made
+    with job.output.open("wb") as file:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            done = builder.build_serialized_network_to_stream(network, config, _stream(trt, file))
+        else:
+            plan = builder.build_serialized_network(network, config)
+            done = plan is not None
+            if plan is not None:
+                file.write(plan)
+    if config.progress_monitor is not None:
+        config.progress_monitor.reraise()
+    if not done:
+        hint = "run again with -v for all that TensorRT said; `moiie check` tells what a target supports"
+        raise listener.said.refusal(f"{job.name}: TensorRT cannot build the engine", hint)
+
+
+def _stream(trt: Any, file: Any) -> Any:
+    class Stream(trt.IStreamWriter):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: Any) -> int:
+            return int(file.write(data))
+
+    return Stream()
+
+
+def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+        """Reports the outermost phase; an exception stops the builder and is raised behind it."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.lock = threading.Lock()
+            self.outer: str | None = None
+            self.steps = 1
+            self.failure: BaseException | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                with self.lock:
+                    self.outer, self.steps = name, max(1, steps)
+                self.report(0)
+
+        def phase_finish(self, name: str) -> None:
+            if name == self.outer:
+                self.report(self.steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outer:
+                self.report(min(step + 1, self.steps))
+            return self.failure is None
+
+        def report(self, done: int) -> None:
+            try:
+                progress(done, self.steps)
+            except BaseException as error:  # raised again once the library is left
+                self.failure = error
+
+        def reraise(self) -> None:
+            if self.failure is not None:
+                raise self.failure
+
+    return Monitor()

@@ -1,0 +1,162 @@
+"""`moiie build`: bundle -> BUNDLE/engines/<target>."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moiie_export.cli.common import (
+    BUNDLE_ARGUMENT,
+    CONTEXT,
+    JSON_OPTION,
+    VERBOSE_OPTION,
+    byte_size,
+    emit_json,
+    human_bytes,
+    note,
+    table,
+)
+from moiie_export.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
+    from moiie_export.targets import Target
+
+EPILOG = """\b
+Examples:
+  moiie build moiie-phi3.bundle --target cpu
+  moiie build moiie-phi3.bundle --target rtx --sm 89,120
+  moiie build moiie-phi3.bundle --target my-orin --recipe my.yaml --dry-run
+
+\b
+Built-in targets: cpu, ort-cuda, rtx, orin-nano, orin-nx, orin, thor, server.
+A recipe adds others. The bundle itself stays as it is.
+"""
+
+DEFAULT_PLUGINS = Path("plugins-build/libmoiie_plugins.so")
+"""Where `moiie plugins build` puts it."""
+
+
+def sm_list(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Option callback: the compute capabilities that `87,89` or `8.7` means, ascending."""
+    if text is None:
+        return None
+    parts = [part.strip().removeprefix("sm").removeprefix("_").replace(".", "") for part in text.lower().split(",")]
+    if not all(part.isascii() and part.isdigit() and 2 <= len(part) <= 3 for part in parts):
+        raise click.BadParameter(f"{text!r} is no list of compute capabilities; write for example 87 or 86,89,120")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+@click.command(context_settings=CONTEXT, epilog=EPILOG)
+@BUNDLE_ARGUMENT
+@click.option("-t", "--target", "target_name", required=True, metavar="NAME", help="What to build for.")
+@click.option(
+    "--recipe", metavar="RECIPE", help="A recipe with targets of its own.  [default: the one the bundle was made with]"
+)
+@click.option(
+    "--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89."
+)
+@click.option(
+    "--memory-limit",
+    callback=byte_size,
+    metavar="SIZE",
+    help="What building may take on this machine, e.g. 8GiB.  [default: what is free]",
+)
+@click.option(
+    "--plugins",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="libmoiie_plugins.so, for TensorRT.  [default: plugins-build/libmoiie_plugins.so if it is there]",
+)
+@click.option("--keep-graphs", is_flag=True, help="Leave the graphs that went into TensorRT engines beside them.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done and what it takes; write nothing.")
+@click.option("--force", is_flag=True, help="Build again what is up to date.")
+@JSON_OPTION
+@VERBOSE_OPTION
+def command(
+    bundle: Path,
+    target_name: str,
+    recipe: str | None,
+    sm: tuple[int, ...] | None,
+    **options: Any,
+) -> None:
+    """Build a bundle for a target.
+
+    The result lies in BUNDLE/engines/NAME, where `moiie run --target NAME` finds it.
+    """
+    from moiie_export.builders import BuildRequest, build, plan
+    from moiie_export.cli.environment import available_memory
+
+    target = _target(bundle, target_name, recipe, sm)
+    request = BuildRequest(
+        bundle,
+        target,
+        force=options["force"],
+        memory_limit=options["memory_limit"] or available_memory(),
+        plugin_library=options["plugins"] or (DEFAULT_PLUGINS if DEFAULT_PLUGINS.is_file() else None),
+        keep_graphs=options["keep_graphs"],
+    )
+    planned = plan(request)
+    if options["dry_run"]:
+        _show_plan(planned, request, options["as_json"])
+        return
+    if not planned.cached:
+        note(f"target {target.name}: predicted peak {human_bytes(planned.peak_bytes)} of memory while building")
+    progress = Progress()
+    result = build(request, progress)
+    progress.finish()
+    _show_result(result, target, options["as_json"])
+
+
+def _target(bundle: Path, name: str, recipe: str | None, sm: tuple[int, ...] | None) -> Target:
+    """The target with the options applied; a recipe's own targets go before the built-in ones."""
+    from moiie_export.recipe_targets import manifest_targets, recipe_targets
+    from moiie_export.targets import find_target
+    from moiie_runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if recipe is None:
+        own = manifest_targets(opened.raw)
+    else:
+        from moiie_export.recipe import load_recipe
+
+        own = recipe_targets(load_recipe(recipe).targets)
+    target = find_target(name, own)
+    if sm is None:
+        return target
+    if not target.sms:
+        raise click.UsageError(f"--sm: target {target.name} is built for no GPU")
+    return replace(target, sms=sm)
+
+
+def _show_plan(planned: BuildPlan, request: BuildRequest, as_json: bool) -> None:
+    target = request.target
+    if as_json:
+        emit_json({"target": target, "output": request.output, **vars(planned)})
+        return
+    rows = [
+        ["target", f"{target.name}: {target.about}"],
+        ["output", str(request.output) + (" (up to date)" if planned.cached else "")],
+        ["memory", f"{human_bytes(planned.peak_bytes)} while building"],
+        ["disk", human_bytes(planned.disk_bytes)],
+        *(["note", line] for line in planned.notes),
+    ]
+    click.echo(table(rows))
+    for line in planned.commands:
+        click.echo(line)
+
+
+def _show_result(result: BuildResult, target: Target, as_json: bool) -> None:
+    if as_json:
+        emit_json({"target": target.name, **vars(result)})
+        return
+    total = sum(int(entry["bytes"]) for entry in result.files.values())
+    done = "up to date" if result.cached else f"built in {result.seconds:.1f} s"
+    for name, entry in result.files.items():
+        note(f"  {human_bytes(entry['bytes']):>10}  {name}")
+    bundle = result.path.parent.parent
+    note(f'{human_bytes(total)}, {done}; next: moiie run {bundle} --target {target.name} -p "..."')
+    click.echo(str(result.path))

@@ -1,0 +1,127 @@
+"""CachedAttention -> GroupQueryAttention, with rotary positions and the split of the projection inside.
+
+GroupQueryAttention takes the fused projection as it is, rotates, writes into the shared buffers and attends over what
+they hold; `local_window_size` counts the token itself, as in CachedAttention. It has no mask: rows of a batch are padded
+on the right, where no token looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from moiie_export.graph.evaluate import evaluate
+from moiie_export.graph.rewriting import CONTRIB, constant, insert, only_consumer, origin, producer, replace
+
+_ROTARY_STEP = 16
+"""Head sizes that GroupQueryAttention rotates; for others CachedAttention stays."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of the decoder."""
+
+    query: int
+    key: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Values that all layers share: index of each row's last key, the longest row, [B, T, -1], cosines and sines."""
+
+    seqlens: ir.Value
+    total: ir.Value
+    shape: ir.Value
+    tables: tuple[ir.Value, ir.Value]
+
+
+def group_query_attention(model: ir.Model, heads: Heads) -> int:
+    """Rewrite every CachedAttention that is fed by one fused projection.
+
+    Args:
+        model: a decoder graph with bare nodes.
+        heads: of its attention; where their size cannot be rotated inside, nothing is rewritten.
+
+    Returns:
+        How many were rewritten.
+    """
+    nodes = [node for node in model.graph if node.op_type == "CachedAttention"]
+    found = [(node, ends) for node in nodes if (ends := _ends(node)) is not None]
+    if not found or heads.size % _ROTARY_STEP:
+        return 0
+    rotary = producer(found[0][0].inputs[0], "RotaryEmbedding")
+    assert rotary is not None
+    shared = _shared(model, rotary)
+    for node, ends in found:
+        _rewrite(node, ends, heads, shared)
+    return len(found)
+
+
+def _ends(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """Where the fused projection is reshaped into heads, and the reshape behind the attention."""
+    query, key, value = node.inputs[:3]
+    if producer(query, "RotaryEmbedding") is None or producer(key, "RotaryEmbedding") is None:
+        return None
+    sources = {origin(each, ("RotaryEmbedding", "Slice", "Transpose")) for each in (query, key, value)}
+    reshape = producer(sources.pop(), "Reshape") if len(sources) == 1 else None
+    turned = only_consumer(node.outputs[0], "Transpose")
+    joined = None if turned is None else only_consumer(turned.outputs[0], "Reshape")
+    return None if reshape is None or joined is None else (reshape, joined)
+
+
+def _shared(model: ir.Model, rotary: ir.Node) -> _Shared:
+    graph, name = model.graph, "attention"
+    inputs = {str(value.name): value for value in graph.inputs}
+    first = graph[0]
+
+    def add(op: str, values: list[ir.Value | None], label: str, **attributes: int) -> ir.Value:
+        return insert(first, op, values, name=f"{name}/{label}", **attributes).outputs[0]
+
+    one = constant(model, f"{name}/1", np.array(1, np.int64))
+    size = add("Shape", [inputs["inputs_embeds"]], "rows_tokens", start=0, end=2)
+    total = add("Add", [inputs["past_lengths"], add("Gather", [size, one], "tokens")], "total")
+    seqlens = add("Cast", [add("Sub", [total, one], "last")], "seqlens_k", to=ir.DataType.INT32.value)
+    longest = add("ReduceMax", [total], "longest", keepdims=0)
+    length = add("Cast", [longest], "total_length", to=ir.DataType.INT32.value)
+    rest = constant(model, f"{name}/rest", np.array([-1], np.int64))
+    shape = add("Concat", [size, rest], "shape", axis=0)
+    capacity = inputs["past_key_values.0.key"].shape[2]  # type: ignore[index] - set by the exporter
+    tables = _tables(model, rotary, int(capacity))  # type: ignore[arg-type] - a fixed size
+    return _Shared(seqlens, length, shape, tables)
+
+
+def _tables(model: ir.Model, rotary: ir.Node, capacity: int) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines of every position, [capacity, head size / 2], by the graph's own computation of them."""
+    hidden = {str(value.name): value for value in model.graph.inputs}["inputs_embeds"].shape[2]  # type: ignore[index]
+    feeds: Mapping[str, npt.NDArray[np.generic]] = {
+        "past_lengths": np.arange(capacity, dtype=np.int64),
+        "inputs_embeds": np.zeros((capacity, 1, int(hidden)), np.float32),  # type: ignore[arg-type] - a fixed size
+    }
+    values = [value for value in rotary.inputs[1:3] if value is not None]
+    cosines, sines = (table.reshape(capacity, -1) for table in evaluate(model, values, feeds))
+    return constant(model, "rotary/cos", cosines), constant(model, "rotary/sin", sines)
+
+
+def _rewrite(node: ir.Node, ends: tuple[ir.Node, ir.Node], heads: Heads, shared: _Shared) -> None:
+    reshape, joined = ends
+    packed = insert(node, "Reshape", [reshape.inputs[0], shared.shape], name=f"{node.name}/qkv")
+    attention = insert(
+        node,
+        "GroupQueryAttention",
+        [packed.outputs[0], None, None, *node.inputs[3:5], shared.seqlens, shared.total, *shared.tables],
+        domain=CONTRIB,
+        outputs=3,
+        name=f"{node.name}/GroupQueryAttention",
+        num_heads=heads.query,
+        kv_num_heads=heads.key,
+        do_rotary=1,
+        local_window_size=node.attributes["local_window_size"].as_int() or -1,
+    )
+    for old, new in zip(node.outputs[1:], attention.outputs[1:], strict=True):
+        replace(old, new)
+    joined.replace_input_with(0, attention.outputs[0])

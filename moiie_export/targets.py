@@ -1,0 +1,126 @@
+"""Targets: what `moiie build` compiles a bundle for. A recipe adds its own (recipe_targets.py)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moiie_runtime.errors import MoiieError
+
+Backend = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
+Dialect = Literal["cpu", "cuda", "trt10", "trt11", "rtx"]
+Precision = Literal["float32", "float16", "bfloat16"]
+Residency = Literal["resident", "after_prefill"]
+Plugins = Literal["required", "optional", "off"]
+Banks = Literal["inputs", "constants"]
+KvDtype = Literal["float32", "float16"]
+VisionMode = Literal["auto", "float32", "int8"]
+
+GB = 10**9
+"""What vendors call a gigabyte; an 8 GB module shows about that many bytes to programs."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing a bundle can be built for.
+
+    Attributes:
+        name: folder of the result: BUNDLE/engines/<name>.
+        about: one line for people.
+        backend: which builder makes it and which session runs it.
+        dialect: the pass list that the graphs go through.
+        sms: compute capabilities of the GPU times ten (87 is Orin), ascending; empty for a CPU.
+        memory: bytes of the device that a run may take; None: whatever the machine has.
+        precision: of activations and of weights that are not quantised.
+        prefill: rows of each prefill profile, ascending; a prompt runs in the smallest that holds it. Longer prompts go
+            through in several steps.
+        batch: rows of prefill and decode; decode has static shapes.
+        images: most pictures that the vision encoder takes at once.
+        residency: `after_prefill` releases the vision encoder and its experts before the answer.
+        plugins: `required`: nodes of the plugin library stay; `optional`: the library is used for nothing that standard
+            layers can do; `off`: no plugin at all.
+        banks: expert weights bound when the engine runs (`inputs`), or stored in the engine (`constants`).
+        embed_plugins: the plugin library is stored in the engine; else it lies beside it.
+        threads: of a CPU; None: as many as there are cores.
+        kv_cache: storage of keys and values on a CPU; TensorRT stores them in `precision`.
+        prefill_chunk: tokens of a prompt that a CPU takes at once; None: all.
+        vision: arithmetic of the vision encoder on a CPU; `auto`: what is as exact as the bundle.
+    """
+
+    name: str
+    about: str
+    backend: Backend
+    dialect: Dialect
+    sms: tuple[int, ...] = ()
+    memory: int | None = None
+    precision: Precision = "float16"
+    prefill: tuple[int, ...] = (1024,)
+    batch: int = 1
+    images: int = 1
+    residency: Residency = "resident"
+    plugins: Plugins = "required"
+    banks: Banks = "inputs"
+    embed_plugins: bool = True
+    threads: int | None = None
+    kv_cache: KvDtype = "float32"
+    prefill_chunk: int | None = None
+    vision: VisionMode = "auto"
+
+
+def _jetson(name: str, about: str, sm: int, memory: int) -> Target:
+    return Target(name, about, "tensorrt", "trt10", (sm,), memory * GB, residency="after_prefill", prefill=(128, 1024))
+
+
+BUILT_IN: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target("cpu", "ONNX Runtime on this machine's CPU", "onnxruntime", "cpu", precision="float32", plugins="off"),
+        Target("ort-cuda", "ONNX Runtime on an NVIDIA GPU", "onnxruntime_cuda", "cuda", plugins="off"),
+        Target(
+            "rtx",
+            "TensorRT for RTX on GeForce and RTX cards",
+            "tensorrt_rtx",
+            "rtx",
+            (86, 89, 120),
+            prefill=(128, 1024),
+            plugins="optional",
+        ),
+        _jetson("orin-nano", "Jetson Orin Nano 8 GB, JetPack 6", 87, 8),
+        _jetson("orin-nx", "Jetson Orin NX 16 GB, JetPack 6", 87, 16),
+        _jetson("orin", "Jetson AGX Orin 64 GB, JetPack 6", 87, 64),
+        _jetson("thor", "Jetson AGX Thor 128 GB, JetPack 7", 110, 128),
+        Target(
+            "server",
+            "TensorRT 11 on data-centre and workstation cards",
+            "tensorrt",
+            "trt11",
+            (80, 86, 89, 90, 100, 120),
+            prefill=(128, 1024, 4096),
+        ),
+    )
+}
+"""The targets that need no recipe, by name."""
+
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def find_target(name: str, own: Mapping[str, Target] | None = None) -> Target:
+    """The target of this name.
+
+    Args:
+        name: one of the recipe's or a built-in one.
+        own: targets of a recipe; they go first.
+
+    Raises:
+        MoiieError: there is none; the message lists those there are.
+    """
+    known = {**BUILT_IN, **(own or {})}
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, list(known), n=1)
+    raise MoiieError(
+        f"there is no target {name!r} (there are: {', '.join(known)})",
+        f"did you mean {close[0]}?" if close else "a recipe adds targets in its section `targets`",
+    )

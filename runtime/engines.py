@@ -1,0 +1,130 @@
+"""Built forms of a bundle, BUNDLE/engines/<target>, that `moiie build` wrote: found, checked, put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moiie_runtime.backends.session import EngineOptions
+from moiie_runtime.bundle import MAX_MANIFEST_BYTES, Bundle
+from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.fields import Fields
+from moiie_runtime.manifest import KvSettings, read_components, read_files, read_residency
+from moiie_runtime.strict_files import read_json_object
+
+ENGINES, DOCUMENT = "engines", "engine.json"
+SCHEMA = 1
+PORTABLE = "portable"
+"""The name under which the bundle's own graphs are asked for."""
+DEFAULT_TARGET = "cpu"
+"""Runs where nothing else is asked for and the bundle was built for it."""
+KERNELS = "moiie.cpu"
+"""In `needs`: our own CPU kernels, and the version of their weights' layout."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built form of a bundle.
+
+    Attributes:
+        target: its name.
+        backend: what runs it; see `moiie_runtime.backends`.
+        bundle: the bundle with this engine's graphs, weights and buffers in place of its own.
+        needs: what must be there to run it, name -> version, as its builder recorded it.
+        threads: how many were asked for when it was built; None: one for each core.
+        prepack: see `EngineOptions`.
+    """
+
+    target: str
+    backend: str
+    bundle: Bundle
+    needs: Mapping[str, str]
+    threads: int | None
+    prepack: bool
+
+    def options(self) -> EngineOptions:
+        """What its sessions need; our kernels are compiled now if this machine has not done so before.
+
+        Raises:
+            MissingDependency: they cannot be compiled here, or the engine needs another version of them.
+        """
+        if KERNELS not in self.needs:
+            return EngineOptions((), self.prepack)
+        from moiie_runtime import native
+
+        if self.needs[KERNELS] != str(native.LAYOUT):
+            raise MissingDependency(
+                f"{self.bundle.root}: engine {self.target} has weights in layout {self.needs[KERNELS]} of our kernels, "
+                f"this version reads layout {native.LAYOUT}",
+                f"moiie build {self.bundle.root} --target {self.target}",
+            )
+        return EngineOptions((native.library(),), self.prepack)
+
+
+def built_targets(bundle: Bundle) -> list[str]:
+    """Names of the targets this bundle was built for."""
+    folder = bundle.root / ENGINES
+    return sorted(path.parent.name for path in folder.glob(f"*/{DOCUMENT}")) if folder.is_dir() else []
+
+
+def open_engine(bundle: Bundle, target: str) -> Engine:
+    """The engine of this name.
+
+    Raises:
+        MissingDependency: the bundle was not built for the target.
+        MoiieError: the engine is damaged, of a newer schema, or was built from another export of the bundle.
+    """
+    folder = bundle.path(f"{ENGINES}/{target}")
+    build = f"moiie build {bundle.root} --target {target}"
+    if not (folder / DOCUMENT).is_file():
+        there = ", ".join(built_targets(bundle)) or "none"
+        raise MissingDependency(f"{bundle.root}: not built for target {target!r} (built: {there})", build)
+    raw = read_json_object(folder / DOCUMENT, MAX_MANIFEST_BYTES, f"build it again: {build}")
+    top = Fields(raw, str(folder / DOCUMENT), hint=f"build it again: {build}")
+    if top.integer("schema", 1) > SCHEMA:
+        raise MoiieError(f"{folder / DOCUMENT}: written by a newer version", "update moiie-export, or build it again")
+    _check_source(bundle, raw, str(folder), build)
+    threads = top.optional_integer("threads", 1)
+    bundle = _in_place(bundle, top, target)
+    return Engine(target, top.string("backend"), bundle, _needs(top), threads, top.boolean("prepack"))
+
+
+def _check_source(bundle: Bundle, raw: Mapping[str, Any], folder: str, build: str) -> None:
+    """An engine of an earlier export would answer with an earlier model."""
+    source = raw.get("source")
+    recorded = source if isinstance(source, dict) else {}
+    changed = [name for name, record in bundle.files.items() if _counts(name) and recorded.get(name) != record.sha256]
+    if changed:
+        raise MoiieError(
+            f"{folder}: was built from another export of this bundle ({changed[0]} differs)", f"build it again: {build}"
+        )
+
+
+def _counts(name: str) -> bool:
+    return name.startswith("onnx/")
+
+
+def _in_place(bundle: Bundle, top: Fields, target: str) -> Bundle:
+    prefix = f"{ENGINES}/{target}/"
+    components = {name: replace(each, file=prefix + each.file) for name, each in read_components(top).items()}
+    files = {prefix + name: record for name, record in read_files(top).items()}
+    kv_cache = KvSettings(bundle.kv_cache.layout, top.child("kv_cache").string("dtype"), bundle.kv_cache.capacity)
+    engine = replace(
+        bundle,
+        components={**bundle.components, **components},
+        residency={**bundle.residency, **read_residency(top)},
+        files={**bundle.files, **files},
+        kv_cache=kv_cache,
+        weights_file=prefix + top.string("weights_file"),
+        prefill_chunk=top.optional_integer("prefill_chunk", 1),
+    )
+    for component in components.values():
+        if component.file not in files:
+            raise top.error("components", f"graphs that `files` lists, among them {component.file}")
+    return engine
+
+
+def _needs(top: Fields) -> dict[str, str]:
+    needs = top.optional_child("needs")
+    return {} if needs is None else {name: needs.string(name) for name in needs.data}
