@@ -1,20 +1,16 @@
 """What routing once a request buys a MoME, in one run (see README.md).
 
-usage: python tests/bench/mome.py [--samples N] [--keep FILE]
+usage: python tests/bench/bench.py mome [--samples N] [--keep FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-import moiie_runtime  # noqa: E402
-from moiie_export.model.layers import Adapter  # noqa: E402
-from moiie_export.model.load import load_model  # noqa: E402
-from moiie_export.pipeline import ExportRequest, export_bundle  # noqa: E402
-from moiie_export.recipe import load_recipe  # noqa: E402
-from moiie_export.source import ModelSource  # noqa: E402
-from tests.bench.bench import FOREIGN_LIMIT, busy_seconds, cpu_name  # noqa: E402
-from tests.synthetic_mome import SIZES, write_mome_checkpoint  # noqa: E402 - the path comes first
+import moiie_runtime
+from moiie_export.model.layers import Adapter
+from moiie_export.model.load import load_model
+from moiie_export.pipeline import ExportRequest, export_bundle
+from moiie_export.recipe import load_recipe
+from moiie_export.source import ModelSource
+from tests.bench.quiet import foreign_share, is_quiet, usage
+from tests.bench.record import ROOT, append, environment
+from tests.synthetic_mome import SIZES, write_mome_checkpoint
 
 QUESTIONS = ("What is written on the sign?", "How many people wait beside it?")
 DECODE_STEPS = 24
@@ -51,11 +45,10 @@ def prepare() -> tuple[Path, Path]:
 
 def sample(work: Callable[[], Any]) -> dict[str, float]:
     """Seconds that a call took, and the share of the machine that other processes used meanwhile."""
-    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+    before, start = usage(os.getpid()), time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    foreign = max(0.0, (busy_seconds() - busy) - (time.process_time() - own)) / (seconds * (os.cpu_count() or 1))
-    return {"seconds": seconds, "foreign": foreign}
+    return {"seconds": seconds, "foreign": foreign_share(before, usage(os.getpid()), os.cpu_count() or 1)}
 
 
 def measure(cases: dict[str, Callable[[], Any]], count: int) -> dict[str, Any]:
@@ -67,7 +60,7 @@ def measure(cases: dict[str, Callable[[], Any]], count: int) -> dict[str, Any]:
             samples[name] += [found] if round_ else []  # the first one warms up
     result = {}
     for name, taken in samples.items():
-        quiet = [each for each in taken if each["foreign"] <= FOREIGN_LIMIT]
+        quiet = [each for each in taken if is_quiet(each)]
         enough = len(quiet) >= max(3, len(taken) // 2)
         seconds = statistics.median(each["seconds"] for each in (quiet if enough else taken))
         result[name] = {"seconds": seconds, "quiet": enough, "samples": taken}
@@ -124,14 +117,10 @@ def decode_steps(checkpoint: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def main() -> None:
+def run(options: Namespace) -> None:
     """Run everything, print a table, append the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=7)
-    parser.add_argument("--keep", type=Path, help="append the result to this JSON-lines file")
-    arguments = parser.parse_args()
     checkpoint, bundle = prepare()
-    found = measure(first_tokens(bundle), arguments.samples) | measure(decode_steps(checkpoint), arguments.samples)
+    found = measure(first_tokens(bundle), options.samples) | measure(decode_steps(checkpoint), options.samples)
     for name, row in found.items():
         noisy = "" if row["quiet"] else "  (noisy: other processes took part of the CPU)"
         print(f"{name:30}{row['seconds'] * 1000:10.1f} ms{noisy}")
@@ -142,13 +131,4 @@ def main() -> None:
         ("decode, all adapters", "decode, one adapter"),
     ):
         print(f"{above} / {below}: {found[above]['seconds'] / found[below]['seconds']:.2f}")
-    if arguments.keep:
-        machine = {"cpu": cpu_name(), "threads": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-        versions = {name: version(name) for name in ("moiie-export", "onnxruntime", "torch")}
-        result = {"benchmark": "mome", "machine": machine, "versions": versions, "results": found}
-        with arguments.keep.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result, sort_keys=True) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    append(options.keep, {"benchmark": "mome", **environment(), "results": found})
