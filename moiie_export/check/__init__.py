@@ -1,0 +1,1 @@
+"""`moiie check`: what a target makes of a model, before anything is exported; needs neither torch nor TensorRT."""

@@ -1,0 +1,203 @@
+"""op x target -> how it is computed, on which GPUs, or why it is not. The facts are from builds with each library.
+
+What TensorRT 10.x and 11.x themselves take is from NVIDIA's documents: engines for them are built on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from moiie_export.check.model_ops import OpUse
+from moiie_export.targets import Target
+
+DIALECT_SMS: Mapping[str, frozenset[int]] = {
+    "rtx": frozenset({75, 80, 86, 89, 120, 121}),
+    "trt10": frozenset({75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
+    "trt11": frozenset({75, 80, 86, 89, 90, 100, 103, 120, 121}),
+}
+"""GPUs that each dialect's library builds for. JetPack (87, 110) has TensorRT 10 only."""
+
+PLUGIN_SMS = frozenset({80, 86, 87, 89, 90, 100, 110, 120})
+"""GPUs with compiled kernels; others of the same generation run those of a lower number."""
+
+MAX_TOP_K, MAX_PLUGIN_EXPERTS, MAX_HEAD_DIM = 3840, 64, 256
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What becomes of an op.
+
+    Attributes:
+        name: the form it takes.
+        reason: why this form.
+        oldest: lowest compute capability that has it.
+        refused: why it has none at all; empty when it has.
+    """
+
+    name: str
+    reason: str
+    oldest: int = 0
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An op on a target. `sms`: those of the target that support it; all when `supported`."""
+
+    op: str
+    where: str
+    dtype: str
+    shape: Mapping[str, int]
+    lowering: str
+    sms: tuple[int, ...]
+    supported: bool
+    reason: str
+
+
+def judge(use: OpUse, target: Target) -> Row:
+    """The row of an op on a target."""
+    found = _lowering(use, target)
+    known = DIALECT_SMS.get(target.dialect)
+    sms = tuple(sm for sm in target.sms if sm >= found.oldest and (known is None or sm in known)) if not found.refused else ()
+    missing = [sm for sm in target.sms if sm not in sms]
+    supported = not found.refused and not missing
+    reason = found.refused or found.reason
+    if missing and not found.refused:
+        unknown = [sm for sm in missing if known is not None and sm not in known]
+        why = f"the library of dialect {target.dialect} builds for none of them" if unknown else f"needs SM {found.oldest}"
+        reason = f"not on SM {', '.join(map(str, missing))}: {why}"
+    dtype = target.precision if use.format == "plain" else use.format + (f" / {use.group_size}" if use.group_size else "")
+    return Row(use.op, use.where, dtype, dict(use.shape), found.name, sms, supported, reason)
+
+
+def _lowering(use: OpUse, target: Target) -> Lowering:
+    if not target.sms or target.dialect in ("cpu", "cuda"):
+        return _onnxruntime(use, target)
+    if target.precision == "float32":
+        return Lowering("-", "", refused="TensorRT's attention has no float32 kernels: precision float16 or bfloat16")
+    if target.precision == "bfloat16":
+        found = _TENSORRT[use.op](use, target)
+        return Lowering(found.name, found.reason, max(80, found.oldest), found.refused)
+    return _TENSORRT[use.op](use, target)
+
+
+def _onnxruntime(use: OpUse, target: Target) -> Lowering:
+    if use.format in ("fp8", "w8a8"):
+        return Lowering("-", "", refused=f"ONNX Runtime has no kernels for {use.format}: use int8 or int4")
+    if use.format == "plain":
+        return Lowering("portable graph", "standard ONNX, computed in float32" if not target.sms else "standard ONNX")
+    return Lowering("DequantizeLinear or a fused kernel", "the portable body runs anywhere; `moiie build` makes it fast")
+
+
+def _plain(name: str, reason: str) -> Callable[[OpUse, Target], Lowering]:
+    return lambda _use, _target: Lowering(name, reason)
+
+
+def _linear(use: OpUse, target: Target) -> Lowering:
+    if use.format == "plain":
+        return Lowering("MatMul", "native layer")
+    if use.format == "int4":
+        return Lowering("DequantizeLinear(int4) + MatMul", "weights stay in 4 bits in the engine", 80)
+    if use.format == "int8":
+        return Lowering("DequantizeLinear(int8) + MatMul", "weights stay in 8 bits in the engine")
+    if use.format == "fp8":
+        return Lowering("DequantizeLinear(fp8) + MatMul", "weights in E4M3, one scale a row", 89)
+    return Lowering("QuantizeLinear + MatMul(int8)", "activations rounded with the calibrated scale", 75)
+
+
+def _norm(_: OpUse, target: Target) -> Lowering:
+    if target.dialect == "trt10":
+        return Lowering("Mul, ReduceMean, Sqrt, Div in float32", "TensorRT 10.3 reads no opset 23")
+    return Lowering("RMSNormalization", "native, sums in float32")
+
+
+def _rotary(use: OpUse, target: Target) -> Lowering:
+    if use.size("head_dim") % 2:
+        return Lowering("-", "", refused=f"head size {use.size('head_dim')} is odd")
+    if target.dialect == "trt10":
+        return Lowering("Mul, Sub, Add, Concat in float32", "TensorRT 10.3 reads no opset 23")
+    return Lowering("RotaryEmbedding", "native layer")
+
+
+def _half_only(target: Target) -> str:
+    wrong = target.dialect == "trt10" and target.plugins == "required" and target.precision != "float16"
+    return f"our KV plugins compute in float16, the target asks for {target.precision}" if wrong else ""
+
+
+def _kv_update(_: OpUse, target: Target) -> Lowering:
+    if target.dialect != "trt10":
+        return Lowering("TRT_KVCacheUpdate", "native, in place")
+    if target.plugins == "required":
+        return Lowering("plugin KVCacheUpdate", "in place", refused=_half_only(target))
+    return Lowering("ScatterND", "standard op; copies the buffers in every step, plugins: required does not")
+
+
+def _prefill_attention(use: OpUse, target: Target) -> Lowering:
+    if use.size("head_dim") > MAX_HEAD_DIM:
+        return Lowering("-", "", refused=f"head size {use.size('head_dim')}: at most {MAX_HEAD_DIM}")
+    if target.dialect == "trt10":
+        return Lowering("MatMul, mask, Softmax", "TensorRT 10.3 has no attention layer; the query is scaled")
+    return _native_attention(use)
+
+
+def _native_attention(use: OpUse) -> Lowering:
+    window = use.size("window")
+    if 0 < window < use.size("capacity"):
+        return Lowering("TRT_Attention, mask", f"context {use.size('capacity')} is longer than the window of {window} keys")
+    return Lowering("TRT_Attention, lower_right", "causal, aligned to the newest key")
+
+
+def _decode_attention(use: OpUse, target: Target) -> Lowering:
+    if target.dialect == "trt10" and target.plugins == "required":
+        return Lowering("plugin DecodeAttention", "one pass over the keys", refused=_half_only(target))
+    return _prefill_attention(use, target)
+
+
+def _encoder_attention(_: OpUse, target: Target) -> Lowering:
+    if target.dialect == "trt10":
+        return Lowering("MatMul, Softmax", "TensorRT 10.3 has no attention layer; the query is scaled")
+    return Lowering("TRT_Attention", "native layer; the query is scaled")
+
+
+def _router(use: OpUse, _: Target) -> Lowering:
+    if use.size("top_k") > MAX_TOP_K:
+        return Lowering("-", "", refused=f"top_k {use.size('top_k')}: TensorRT's TopK takes at most {MAX_TOP_K}")
+    return Lowering("Gemm, Softmax, TopK in float32", "native layers; half precision would change routes")
+
+
+def _experts(use: OpUse, target: Target) -> Lowering:
+    if target.plugins != "required":
+        if use.format != "plain":
+            return Lowering("-", "", refused="quantised experts need the plugin library (plugins: required)")
+        name = "dense, all experts" if target.plugins == "off" else "plugin if loaded, else dense"
+        return Lowering(name, "every token through every expert: right, and slow")
+    if use.size("experts") > MAX_PLUGIN_EXPERTS:
+        return Lowering("-", "", refused=f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}")
+    if use.format in ("fp8", "w8a8"):
+        return Lowering("-", "", refused=f"the plugin has no {use.format} experts: use int8 or int4")
+    lost = [sm for sm in target.sms if not any(sm // 10 == known // 10 and known <= sm for known in PLUGIN_SMS)]
+    if lost:
+        return Lowering("-", "", refused=f"the plugin library has no kernels for SM {', '.join(map(str, lost))}")
+    if use.format == "plain":
+        return Lowering("plugin ExpertDispatch", "reads only the experts that are routed to")
+    return Lowering("plugin QuantizedExpertDispatch", "dequantises in the kernel, reads only what is routed to", 80)
+
+
+_TENSORRT: Mapping[str, Callable[[OpUse, Target], Lowering]] = {
+    "linear": _linear,
+    "rms_norm": _norm,
+    "rotary": _rotary,
+    "kv_update": _kv_update,
+    "prefill_attention": _prefill_attention,
+    "decode_attention": _decode_attention,
+    "encoder_attention": _encoder_attention,
+    "router": _router,
+    "experts": _experts,
+    "resize": _plain("Resize", "cubic, without antialiasing"),
+    "deformable_sample": _plain("Gather, Mul, MatMul in float32", "coordinates need float32; never GridSample"),
+    "adapter": _plain("MatMul, Relu, MatMul", "the adapters of a request are inputs"),
+    "sentence": _plain("TRT_Attention or MatMul, LayerNormalization", "runs once a request"),
+}
+"""Kind of op -> its lowering on TensorRT."""

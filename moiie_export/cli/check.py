@@ -1,0 +1,107 @@
+"""`moiie check`: is a model supported on a target, how is each op computed, and does it fit?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moiie_export.cli.build import sm_list
+from moiie_export.cli.common import (
+    CONTEXT,
+    JSON_OPTION,
+    VERBOSE_OPTION,
+    byte_size,
+    emit_json,
+    human_bytes,
+    note,
+    table,
+)
+from moiie_runtime.errors import Unsound
+
+if TYPE_CHECKING:
+    from moiie_export.check.report import CheckReport
+
+EPILOG = """\b
+Examples:
+  moiie check checkpoints/moiie-phi3 --target orin
+  moiie check phi3-int4.yaml --target rtx --sm 86 --json
+
+Nothing is exported or built, and neither torch nor TensorRT is loaded. Exits 3 when something is not supported.
+"""
+
+
+@click.command(context_settings=CONTEXT, epilog=EPILOG)
+@click.argument("source", metavar="CHECKPOINT|RECIPE")
+@click.option("-t", "--target", "target_name", required=True, metavar="NAME", help="What it is to run on.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint for a recipe without one.")
+@click.option("--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89.")
+@click.option(
+    "--memory", callback=byte_size, metavar="SIZE", help="Memory of the device, e.g. 32GB.  [default: the target's]"
+)
+@click.option("--max-context", type=click.IntRange(min=1), metavar="TOKENS", help="Longest prompt plus answer.")
+@JSON_OPTION
+@VERBOSE_OPTION
+def command(
+    source: str,
+    target_name: str,
+    checkpoint: Path | None,
+    sm: tuple[int, ...] | None,
+    memory: int | None,
+    **options: int | None,
+) -> None:
+    """Check whether a target supports every op of a model, and whether it fits there."""
+    from moiie_export.check.report import check_model
+    from moiie_export.cli.sources import export_inputs
+    from moiie_export.recipe_targets import recipe_targets
+    from moiie_export.source import ModelSource
+    from moiie_export.targets import find_target
+
+    directory, recipe = export_inputs(source, checkpoint, max_context=options["max_context"])
+    target = find_target(target_name, recipe_targets(recipe.targets))
+    if sm is not None and not target.sms:
+        raise click.UsageError(f"--sm: target {target.name} is no GPU")
+    target = replace(target, sms=sm or target.sms, memory=memory or target.memory)
+    with ModelSource.open(directory, recipe.model.vision_tower) as opened:
+        report = check_model(opened, recipe, target)
+    if options["as_json"]:
+        emit_json(report.to_dict())
+    else:
+        _show(report)
+    if not report.supported:
+        raise _refusal(report)
+
+
+def _show(report: CheckReport) -> None:
+    target, memory = report.target, report.memory
+    on = f" on SM {', '.join(map(str, target.sms))}" if target.sms else ""
+    click.echo(f"{target.name}: {target.about}{on}, context {report.context}")
+    rows = [["", "op", "where", "dtype", "lowering", "reason"]]
+    rows += [
+        ["ok" if row.supported else "NO", row.op, row.where, row.dtype, row.lowering, row.reason] for row in report.rows
+    ]
+    click.echo(table(rows))
+    parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
+    budget = "" if target.memory is None else f" of {human_bytes(target.memory)}"
+    click.echo(f"predicted memory {human_bytes(memory.peak)}{budget}:")
+    click.echo(table([[name, human_bytes(size)] for name, size in parts.items()], indent="  "))
+    if target.residency == "after_prefill":
+        note(f"after the prompt, vision encoder and vision experts leave: {human_bytes(memory.answering(True))}")
+
+
+def _refusal(report: CheckReport) -> Unsound:
+    wrong = [row for row in report.rows if not row.supported]
+    if wrong:
+        first = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        return Unsound(
+            f"target {report.target.name}: {first.op} of {first.where} ({first.dtype}): {first.reason}{more}",
+            "change the target in the recipe's section `targets`, or the rules in `quantization`",
+        )
+    return Unsound(
+        f"target {report.target.name}: predicted memory {human_bytes(report.memory.peak)} "
+        f"is more than its {human_bytes(report.target.memory or 0)}",
+        "quantise more, or use a shorter --max-context or smaller prefill profiles",
+    )

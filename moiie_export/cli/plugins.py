@@ -1,0 +1,76 @@
+"""`moiie plugins`: the TensorRT plugin library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, human_bytes, note, table
+from moiie_export.cli.progress import Progress
+
+EPILOG = """\b
+Examples:
+  moiie plugins build
+  moiie plugins build --sm 87 --out orin-plugins
+"""
+BUILD_EPILOG = """\b
+Examples:
+  moiie plugins build
+  moiie plugins build --sm 87,110 --out jetson-plugins
+
+\b
+Needs triton, cmake, a C++17 compiler and TensorRT's headers: those of the folder TENSORRT_INCLUDE_DIR, else the
+system's, else those of the pip package kernel-lens. No GPU, no CUDA toolkit and no TensorRT library are needed.
+Build on the device itself where its driver is older than Triton's compiler (JetPack 6).
+"""
+
+
+@click.group(context_settings=CONTEXT, epilog=EPILOG)
+@VERBOSE_OPTION
+def command() -> None:
+    """Build the TensorRT plugins that engines of mixture-of-experts models need."""
+
+
+def _sm_list(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    from moiie_export.cli.build import sm_list
+
+    return sm_list(context, parameter, text)
+
+
+@command.command("build", context_settings=CONTEXT, epilog=BUILD_EPILOG)
+@click.option(
+    "--sm",
+    "sms",
+    callback=_sm_list,
+    metavar="LIST",
+    help="Compute capabilities to compile for, e.g. 87 or 86,89,120.  [default: all of Ampere to Blackwell]",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("plugins-build"),
+    metavar="DIR",
+    help="Where libmoiie_plugins.so and its manifest go.",
+)
+@JSON_OPTION
+@VERBOSE_OPTION
+def build(sms: tuple[int, ...] | None, out: Path, as_json: bool) -> None:
+    """Compile libmoiie_plugins.so: the kernels for each SM, and the C++ around them."""
+    from moiie_plugins.build import SMS, build_library
+
+    progress = Progress()
+    built = build_library(out, SMS if sms is None else sms, progress=progress)
+    progress.finish()
+    if as_json:
+        emit_json({**built.facts, "path": built.library, "manifest": built.manifest})
+        return
+    facts = built.facts
+    rows = [
+        ["kernels", f"{facts['kernels']['count']} for SM {', '.join(map(str, facts['sms']))}"],
+        ["TensorRT headers", f"{facts['tensorrt_headers']['version']} ({facts['tensorrt_headers']['origin']})"],
+        ["size", human_bytes(facts["library"]["bytes"])],
+    ]
+    note(table(rows))
+    click.echo(str(built.library))

@@ -1,0 +1,220 @@
+"""Experts for TensorRT: one node a bank of experts, bound as inputs or stored as constants, by plugin or dense.
+
+A bank holds experts that leave memory together and are stored alike: those a decode step can reach (`language`) and the
+others (`vision`), as one tensor [n, 2I, H] and one [n, H, I], each with its scales when it is quantised. Their results are
+added. The dense body computes every expert of a bank for every token: right, and slow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+
+from moiie_export.graph.rewriting import insert, replace
+from moiie_export.graph.trt_attention import PLUGIN
+from moiie_export.graph.trt_context import Bank, TrtContext
+from moiie_export.graph.trt_precision import precision_dtype
+from moiie_export.graph.trt_prepare import is_weight
+from moiie_export.ops import DOMAIN
+from moiie_export.ops.op import function_text, vector
+
+PLAIN = 32
+"""Bits of experts that are not quantised."""
+
+_NAME = re.compile(r"decoder\.layers\.(\d+)\..*\.experts\.(\d+)\.")
+_KINDS = ("gate_up", "down")
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert's weights, and its scales when it has some: gate_up, down, gate_up_scales, down_scales."""
+
+    id: int
+    weights: tuple[ir.Value, ...]
+    bits: int
+    group_size: int
+
+
+def lower_experts(model: ir.Model, context: TrtContext) -> None:
+    """Replace each ExpertDispatch and QuantizedExpertDispatch by one node a bank."""
+    for node in list(model.graph):
+        if node.domain != DOMAIN or node.op_type not in ("ExpertDispatch", "QuantizedExpertDispatch"):
+            continue
+        layer = _layer(node, context)
+        reachable = context.decode_experts.get(layer, ())
+        banks: dict[tuple[str, int, int], list[_Expert]] = {}
+        for expert in _experts(node, context):
+            name = "language" if expert.id in reachable or context.target.banks == "constants" else "vision"
+            banks.setdefault((name, expert.bits, expert.group_size), []).append(expert)
+        total: ir.Value | None = None
+        for index, ((name, _, _), experts) in enumerate(sorted(banks.items())):
+            bank = _Bank(model, node, context, f"experts.{layer}.{name}" + (f".{index}" if len(banks) > 2 else ""))
+            part = bank.dispatch(layer, name, experts)
+            total = part if total is None else insert(node, "Add", [total, part], name=f"{node.name}/sum").outputs[0]
+        assert total is not None
+        replace(node.outputs[0], total)
+
+
+def attach_dense_body(model: ir.Model, context: TrtContext) -> None:
+    """Give ExpertDispatch nodes their dense body where the plugin need not be there."""
+    needed = any((node.domain, node.op_type) == (DOMAIN, "ExpertDispatch") for node in model.graph)
+    if needed and context.target.plugins != "required":
+        function = ir.serde.deserialize_function(onnx.parser.parse_function(dense_body(precision_dtype(context.target.precision))))
+        model.functions[(DOMAIN, "ExpertDispatch", "")] = function
+
+
+def dense_body(dtype: ir.DataType) -> str:
+    """The dense ONNX function of ExpertDispatch on a bank: every expert for every token, times its share.
+
+    Shares are float32 and results are added in it, whatever the type of hidden states and experts, `dtype`.
+    hidden [T, H], expert_ids [T, k] int32, expert_weights [T, k] float32, gate_up [n, 2I, H], down [n, H, I] -> [T, H]
+    """
+    lines = vector("last", [-1]) + vector("first", [0]) + vector("second", [1])
+    lines += """
+    columns = Constant <value_ints: ints = @experts> ()
+    nothing = Constant <value = float {0}> ()
+    ids = Cast <to = 7> (expert_ids)
+    id_column = Unsqueeze (ids, last)
+    hits = Equal (id_column, columns)
+    weight_column = Unsqueeze (expert_weights, last)
+    spread = Where (hits, weight_column, nothing)
+    shares = ReduceSum <keepdims = 0> (spread, second)
+    turned = Transpose <perm = [1, 0]> (shares)
+    share_column = Unsqueeze (turned, last)
+    rows = Unsqueeze (hidden, first)
+    gate_up_columns = Transpose <perm = [0, 2, 1]> (gate_up)
+    both = MatMul (rows, gate_up_columns)
+    gate, up = Split <axis = 2, num_outputs = 2> (both)
+    sigmoid = Sigmoid (gate)
+    silu = Mul (gate, sigmoid)
+    act = Mul (silu, up)
+    down_columns = Transpose <perm = [0, 2, 1]> (down)
+    each = MatMul (act, down_columns)
+    wide = Cast <to = 1> (each)
+    weighted = Mul (wide, share_column)
+    total = ReduceSum <keepdims = 0> (weighted, first)"""
+    lines += f"\n    out = Cast <to = {dtype.value}> (total)"
+    inputs = ["hidden", "expert_ids", "expert_weights", "gate_up", "down"]
+    return function_text("ExpertDispatch", (inputs, ["out"]), {"experts": ()}, lines)
+
+
+def _layer(node: ir.Node, context: TrtContext) -> int:
+    names = [str(value.name) for value in node.inputs if value is not None]
+    found = next((match for name in names if (match := _NAME.match(name))), None)
+    if found is None:
+        raise context.error(node, f"its experts' names tell no layer: {names[3:4]}", "export the bundle again")
+    return int(found[1])
+
+
+def _experts(node: ir.Node, context: TrtContext) -> list[_Expert]:
+    """The experts of a node with what belongs to each."""
+    ids = list(node.attributes["experts"].as_ints())
+    count, values = len(ids), [value for value in node.inputs[3:] if value is not None]
+    if any(not is_weight(value) for value in values):
+        raise context.error(node, "an expert is no weight of the bundle", "export the bundle again")
+    if node.op_type == "ExpertDispatch":
+        return [_Expert(expert, (values[i], values[count + i]), PLAIN, 0) for i, expert in enumerate(ids)]
+    bits = {kind: list(node.attributes[f"{kind}_bits"].as_ints()) for kind in _KINDS}
+    groups = {kind: list(node.attributes[f"{kind}_group_sizes"].as_ints()) for kind in _KINDS}
+    scales = iter(values[2 * count :])
+    owned = {kind: [next(scales) if size < PLAIN else None for size in bits[kind]] for kind in _KINDS}
+    experts = []
+    for i, expert in enumerate(ids):
+        if bits["gate_up"][i] != bits["down"][i] or groups["gate_up"][i] != groups["down"][i]:
+            raise context.error(
+                node,
+                f"expert {expert}: gate_up is stored with {bits['gate_up'][i]} bits in groups of {groups['gate_up'][i]},"
+                f" down with {bits['down'][i]} in groups of {groups['down'][i]}",
+                "one rule for both, and a group size that divides both the hidden and the intermediate size",
+            )
+        own = [scale for scale in (owned["gate_up"][i], owned["down"][i]) if scale is not None]
+        weights = (values[i], values[count + i], *own)
+        experts.append(_Expert(expert, weights, bits["gate_up"][i], groups["gate_up"][i]))
+    return experts
+
+
+@dataclass
+class _Bank:
+    """Makes the node of one bank."""
+
+    model: ir.Model
+    node: ir.Node
+    context: TrtContext
+    prefix: str
+
+    def dispatch(self, layer: int, name: str, experts: Sequence[_Expert]) -> ir.Value:
+        """hidden -> what this bank's experts add [T, H]."""
+        bits, group_size = experts[0].bits, experts[0].group_size
+        kinds = ("gate_up", "down", "gate_up_scales", "down_scales")[: len(experts[0].weights)]
+        tensors = {f"{self.prefix}.{kind}": [each.weights[i] for each in experts] for i, kind in enumerate(kinds)}
+        given = [self._tensor(key, parts) for key, parts in tensors.items()]
+        ids = tuple(each.id for each in experts)
+        if self.context.target.banks == "inputs":
+            stored = {
+                key: tuple(part.const_value for part in parts if part.const_value is not None)
+                for key, parts in tensors.items()
+            }
+            self.context.banks.append(Bank(layer, name, ids, stored))
+        attributes = {"experts": list(ids)}
+        if bits != PLAIN:
+            if self.context.target.plugins != "required":
+                raise self.context.error(
+                    self.node,
+                    "quantised experts need the plugin library",
+                    "build for a target with plugins: required, or export without quantised experts",
+                )
+            attributes |= {"bits": bits, "group_size": group_size}
+        plugin = {} if self.context.target.plugins == "off" else PLUGIN
+        made = insert(
+            self.node,
+            "ExpertDispatch" if bits == PLAIN else "QuantizedExpertDispatch",
+            [*self.node.inputs[:3], *given],
+            name=f"{self.prefix}",
+            domain=DOMAIN,
+            **attributes,
+            **plugin,
+        )
+        return made.outputs[0]
+
+    def _tensor(self, name: str, parts: Sequence[ir.Value]) -> ir.Value:
+        """The stacked weights: an input of the engine, or a constant in it."""
+        first = parts[0].const_value
+        assert first is not None
+        packed = first.dtype == ir.DataType.INT4
+        shape = [len(parts), *first.shape.numpy()]
+        dtype = ir.DataType.INT8 if packed else first.dtype
+        if packed:
+            shape[-1] = -(-shape[-1] // 2)
+        if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and "scales" not in name:
+            dtype = ir.DataType.FLOAT
+        if self.context.target.banks == "inputs":
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+            self.model.graph.inputs.append(value)
+            return value
+        tensors = [part.const_value for part in parts]
+
+        def stacked() -> ir.TensorProtocol:
+            return ir.Tensor(np.stack([stored_numbers(each) for each in tensors]).astype(dtype.numpy()), dtype=dtype)
+
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(shape),
+            type=ir.TensorType(dtype),
+            const_value=ir.LazyTensor(stacked, dtype=dtype, shape=ir.Shape(shape), name=name),
+        )
+        self.model.graph.register_initializer(value)
+        return value
+
+
+def stored_numbers(tensor: ir.TensorProtocol | None) -> np.ndarray:
+    """A weight as the plugin reads it: floats, int8, or two int4 a byte."""
+    assert tensor is not None
+    if tensor.dtype == ir.DataType.INT4:
+        shape = list(tensor.shape.numpy())
+        return np.frombuffer(tensor.tobytes(), np.int8).reshape([*shape[:-1], -1])
+    return tensor.numpy()

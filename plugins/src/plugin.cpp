@@ -1,0 +1,210 @@
+#include "plugin.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "driver.h"
+#include "output_shapes.h"
+#include "plan.h"
+#include "refusal.h"
+
+namespace moiie {
+namespace {
+
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+
+constexpr int32_t kOk = 0;
+constexpr int32_t kFailed = -1;
+
+std::vector<Dims> dims_of(PluginTensorDesc const* tensors, int32_t count) {
+    std::vector<Dims> result;
+    for (int32_t i = 0; i < count; ++i) {
+        result.push_back(tensors[i].dims);
+    }
+    return result;
+}
+
+// The dims of the network, or a bound of the profile. TensorRT 10.3 leaves bounds it does not know empty.
+std::vector<Dims> dims_of(DynamicPluginTensorDesc const* tensors, int32_t count, Dims DynamicPluginTensorDesc::*bound) {
+    std::vector<Dims> result;
+    for (int32_t i = 0; i < count; ++i) {
+        Dims const& declared = tensors[i].desc.dims;
+        Dims dims = bound == nullptr ? declared : tensors[i].*bound;
+        if (dims.nbDims != declared.nbDims) {
+            dims = declared;
+        }
+        result.push_back(dims);
+    }
+    return result;
+}
+
+// What both kinds of plugin share: everything but the base class that tells TensorRT of updates in place.
+template <typename Build>
+class Plugin final : public nvinfer1::IPluginV3,
+                     public nvinfer1::IPluginV3OneCore,
+                     public Build,
+                     public nvinfer1::IPluginV3OneRuntime {
+public:
+    Plugin(Op const& op, Fields const& fields) : op_(op), fields_(fields) {}
+
+    nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
+        switch (type) {
+            case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+            case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<Build*>(this);
+            case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+        }
+        return nullptr;
+    }
+
+    nvinfer1::IPluginV3* clone() noexcept override {
+        return guarded<nvinfer1::IPluginV3*>(op_.name, nullptr, [&] { return new Plugin(op_, fields_); });
+    }
+
+    nvinfer1::AsciiChar const* getPluginName() const noexcept override { return op_.name; }
+    nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
+    nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
+
+    int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(op_.outputs.size()); }
+
+    int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, DataType const* inputs,
+                               int32_t input_count) const noexcept override {
+        return guarded(op_.name, kFailed, [&] {
+            check_types(op_, inputs, static_cast<size_t>(input_count));
+            std::fill_n(outputs, output_count, inputs[0]);
+            return kOk;
+        });
+    }
+
+    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t input_count, nvinfer1::DimsExprs const*, int32_t,
+                            nvinfer1::DimsExprs* outputs, int32_t, nvinfer1::IExprBuilder& builder) noexcept override {
+        return guarded(op_.name, kFailed, [&] {
+            shape_symbols(op_, fields_, known_dims(inputs, input_count));
+            for (size_t i = 0; i < op_.outputs.size(); ++i) {
+                outputs[i] = output_shape(op_, i, inputs, builder);
+            }
+            return kOk;
+        });
+    }
+
+    bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t input_count,
+                                   int32_t output_count) noexcept override {
+        return guarded(op_.name, false, [&] {
+            PluginTensorDesc const& tensor = tensors[position].desc;
+            return static_cast<size_t>(input_count) == op_.inputs.size() && output_count == getNbOutputs() &&
+                   tensor.format == nvinfer1::TensorFormat::kLINEAR &&
+                   type_allowed(op_, static_cast<size_t>(position), tensor.type, tensors[0].desc.type);
+        });
+    }
+
+    int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
+                            int32_t) noexcept override {
+        return guarded(op_.name, kFailed, [&] {
+            Dims DynamicPluginTensorDesc::*const all[] = {nullptr, &DynamicPluginTensorDesc::min,
+                                                          &DynamicPluginTensorDesc::max};
+            for (auto const bound : all) {
+                Values const symbols = shape_symbols(op_, fields_, dims_of(inputs, count, bound));
+                choose_plan(variant_of(op_, symbols, inputs[0].desc.type), symbols);
+            }
+            return kOk;
+        });
+    }
+
+    size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
+                            int32_t) const noexcept override {
+        return guarded(op_.name, size_t{0}, [&] {
+            Values const most = shape_symbols(op_, fields_, dims_of(inputs, count, &DynamicPluginTensorDesc::max));
+            return workspace_bytes(variant_of(op_, most, inputs[0].desc.type), most);
+        });
+    }
+
+    // Of IPluginV3OneBuildV2 only; elsewhere a function that nobody calls.
+    int32_t getAliasedInput(int32_t output) noexcept { return output == 0 ? op_.aliased_input : -1; }
+
+    int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t count, PluginTensorDesc const*,
+                          int32_t) noexcept override {
+        return guarded(op_.name, kFailed, [&] {
+            Plan const& plan = plan_for(inputs, count, nullptr);
+            if (has_context()) {
+                load(plan);
+            }
+            return kOk;
+        });
+    }
+
+    int32_t enqueue(PluginTensorDesc const* input_tensors, PluginTensorDesc const*, void const* const* inputs,
+                    void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+        return guarded(op_.name, kFailed, [&] {
+            Launching what;
+            Plan const& plan = plan_for(input_tensors, static_cast<int32_t>(op_.inputs.size()), &what.symbols);
+            if (op_.aliased_input >= 0 && inputs[op_.aliased_input] != outputs[0]) {
+                copy_input(input_tensors[op_.aliased_input], inputs[op_.aliased_input], outputs[0], stream);
+            }
+            bind(what, inputs, outputs);
+            run(plan, std::move(what), workspace, stream);
+            return kOk;
+        });
+    }
+
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+
+    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override {
+        return guarded<nvinfer1::PluginFieldCollection const*>(op_.name, nullptr, [&] { return fields_.collection(); });
+    }
+
+private:
+    Plan const& plan_for(PluginTensorDesc const* inputs, int32_t count, Values* symbols) const {
+        std::vector<DataType> types;
+        for (int32_t i = 0; i < count; ++i) {
+            types.push_back(inputs[i].type);
+        }
+        check_types(op_, types.data(), types.size());
+        Values values = shape_symbols(op_, fields_, dims_of(inputs, count));
+        Plan const& plan = choose_plan(variant_of(op_, values, types[0]), values);
+        if (symbols != nullptr) {
+            *symbols = std::move(values);
+        }
+        return plan;
+    }
+
+    void bind(Launching& what, void const* const* inputs, void* const* outputs) const {
+        for (size_t i = 0; i < op_.inputs.size(); ++i) {
+            // The driver API takes one kind of pointer for what is read and what is written.
+            what.pointers[op_.inputs[i].name] = const_cast<void*>(inputs[i]);
+        }
+        for (size_t i = 0; i < op_.outputs.size(); ++i) {
+            what.pointers[op_.outputs[i].name] = outputs[i];
+        }
+        if (op_.reals != nullptr) {
+            op_.reals(fields_, what.symbols, what.reals);
+        }
+    }
+
+    static void copy_input(PluginTensorDesc const& tensor, void const* from, void* to, cudaStream_t stream) {
+        int64_t elements = 1;
+        for (int32_t i = 0; i < tensor.dims.nbDims; ++i) {
+            elements *= tensor.dims.d[i];
+        }
+        copy_on_device(to, from, static_cast<size_t>(elements) * type_bytes(tensor.type), stream);
+    }
+
+    Op const& op_;
+    Fields fields_;
+};
+
+}  // namespace
+
+nvinfer1::IPluginV3* make_plugin(Op const& op, nvinfer1::PluginFieldCollection const& attributes) {
+    Fields const fields(op.fields, attributes);
+    Values symbols;
+    if (op.from_fields != nullptr) {
+        op.from_fields(fields, symbols);
+    }
+    if (op.aliased_input >= 0) {
+        return new Plugin<nvinfer1::IPluginV3OneBuildV2>(op, fields);
+    }
+    return new Plugin<nvinfer1::IPluginV3OneBuild>(op, fields);
+}
+
+}  // namespace moiie

@@ -1,0 +1,51 @@
+"""TensorRT for RTX takes the library: every op parses and builds for SM86, 89 and 120 on a machine without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.plugins.cpp.shell import ROOT, released
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None and os.environ.get("CI") != "true",
+    reason="TensorRT for RTX is not installed: pip install 'moiie-export[tensorrt-rtx]'",
+)
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[dict[str, Any]]:
+    """What became of each graph of rtx_build.py."""
+    command = [sys.executable, "-m", "tests.plugins.cpp.rtx_build", str(released().library)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_every_op_builds(builds: list[dict[str, Any]]) -> None:
+    right = [each for each in builds if not each["wrong"]]
+    assert len(right) == 7
+    for each in right:
+        assert each["bytes"], each
+        assert each["op"]
+        assert not each["refusals"]
+        assert each["layers"], "no custom layer in the plan's text"
+
+
+def test_the_library_is_stored_in_the_engine_when_asked(builds: list[dict[str, Any]]) -> None:
+    *beside, stored = (each for each in builds if each["name"] == "decode" and not each["wrong"])
+    assert not any(each["embedded"] for each in beside)
+    assert stored["embedded"]
+    assert stored["bytes"] > released().library.stat().st_size
+
+
+def test_a_refusal_says_why(builds: list[dict[str, Any]]) -> None:
+    (wrong,) = (each for each in builds if each["wrong"])
+    assert wrong["bytes"] is None
+    assert any("axis 2 ('I') must be 48, not 49" in each for each in wrong["refusals"])
