@@ -117,7 +117,7 @@ class WeightsFile:
             self.temporary.replace(self.path)
 
     def _put(self, data: npt.NDArray[np.uint8], offset: int) -> None:
-        view = memoryview(data)
+        view = data.data
         while view:
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count

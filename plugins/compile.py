@@ -139,12 +139,15 @@ def _kernel_record(kernel: Kernel, images: Sequence[Image], places: Mapping[str,
     entries = {image.entry for image in images}
     extra = {image.extra_pointers for image in images}
     if len(entries) != 1 or len(extra) != 1:
-        raise MoiieError(f"kernel {kernel.name}: its images differ in entry ({entries}) or appended arguments ({extra})")
+        raise MoiieError(
+            f"kernel {kernel.name}: its images differ in entry ({entries}) or appended arguments ({extra})"
+        )
     scratch = extra.pop()
     return {
         "entry": entries.pop(),
         "module": kernel.module,
-        "parameters": [[a.binding, "pointer" if a.pointer else a.type] for a in kernel.arguments] + [["", "null"]] * scratch,
+        "parameters": [[a.binding, "pointer" if a.pointer else a.type] for a in kernel.arguments]
+        + [["", "null"]] * scratch,
         "names": [a.name for a in kernel.arguments] + [""] * scratch,
         "types": [a.type for a in kernel.arguments] + [""] * scratch,
         "images": [

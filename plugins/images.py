@@ -109,7 +109,9 @@ def _extra_pointers(kernel: Kernel, parameters: list[str], metadata: Any) -> int
         raise MoiieError(f"kernel {kernel.name}: its parameters are {parameters}, expected {ours} and scratch pointers")
     for need in ("global_scratch_size", "profile_scratch_size"):
         if getattr(metadata, need, 0):
-            raise MoiieError(f"kernel {kernel.name} needs {need} = {getattr(metadata, need)}, which no launcher gives it")
+            raise MoiieError(
+                f"kernel {kernel.name} needs {need} = {getattr(metadata, need)}, which no launcher gives it"
+            )
     return len(extra)
 
 

@@ -121,13 +121,17 @@ class Plan:
 _MODULES: dict[str, tuple[str, str]] = {
     "expert_route": (
         "routing",
-        "expert_ids:int32* order=workspace.order:int32* block_rows=workspace.block_rows:int32* expert_mask=experts:int64"
-        " routes:int32 blocks:int32",
+        """
+        expert_ids:int32* order=workspace.order:int32* block_rows=workspace.block_rows:int32*
+        expert_mask=experts:int64 routes:int32 blocks:int32
+        """,
     ),
     "expert_decode_gate_up": (
         "expert_decode",
-        "hidden:x* expert_ids:int32* gate_up:word* gate_up_scales:float16* act=workspace.act:float32*"
-        " expert_mask=experts:int64 top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32",
+        """
+        hidden:x* expert_ids:int32* gate_up:word* gate_up_scales:float16* act=workspace.act:float32*
+        expert_mask=experts:int64 top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
+        """,
     ),
     "expert_decode_down": (
         "expert_decode",
@@ -136,9 +140,11 @@ _MODULES: dict[str, tuple[str, str]] = {
     ),
     "expert_prefill_gate_up": (
         "expert_prefill",
-        "hidden:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32* gate_up:byte*"
-        " gate_up_scales:float16* act=workspace.act:x* top_k:int32 hidden_size=H:int32 intermediate=I:int32"
-        " group_shift:int32",
+        """
+        hidden:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32* gate_up:byte*
+        gate_up_scales:float16* act=workspace.act:x* top_k:int32 hidden_size=H:int32 intermediate=I:int32
+        group_shift:int32
+        """,
     ),
     "expert_prefill_down": (
         "expert_prefill",
@@ -152,12 +158,17 @@ _MODULES: dict[str, tuple[str, str]] = {
     ),
     "kv_cache_update": (
         "attention",
-        "cache:x* update:x* past_lengths:int32* G:int32 S:int32 T:int32 D:int32",
+        """
+        cache:x* update:x* past_lengths:int32* G:int32 S:int32 T:int32 D:int32
+        """,
     ),
     "decode_attention_split": (
         "attention",
-        "query:x* key:x* value:x* past_lengths:int32* partial=workspace.partial:float32* stats=workspace.stats:float32*"
-        " G:int32 T:int32 S:int32 D:int32 shared:int32 splits:int32 window:int32 scale:float32",
+        """
+        query:x* key:x* value:x* past_lengths:int32* partial=workspace.partial:float32*
+        stats=workspace.stats:float32* G:int32 T:int32 S:int32 D:int32 shared:int32 splits:int32 window:int32
+        scale:float32
+        """,
     ),
     "decode_attention_merge": (
         "attention",
@@ -165,7 +176,9 @@ _MODULES: dict[str, tuple[str, str]] = {
     ),
     "deformable_sample": (
         "deformable",
-        "value:x* points:float32* weights:float32* grid_size:float32* out:x* S:int32 h:int32 D:int32 Q:int32 P:int32",
+        """
+        value:x* points:float32* weights:float32* grid_size:float32* out:x* S:int32 h:int32 D:int32 Q:int32 P:int32
+        """,
     ),
 }
 """Function -> its module and its parameters: name, what is bound to it where that is called otherwise, type. x is the
@@ -252,9 +265,7 @@ def _expert_plans(dtype: str, weights: str, aligned: bool | None) -> list[Plan]:
 
 def _attention_plans(dtype: str) -> list[Plan]:
     update = Launch(_kernel("kv_cache_update", dtype), _axes(("rows", 1)))
-    split = Launch(
-        _kernel("decode_attention_split", dtype), _axes(("heads", 1), ("splits", 1), ("shared", "BLOCK_M"))
-    )
+    split = Launch(_kernel("decode_attention_split", dtype), _axes(("heads", 1), ("splits", 1), ("shared", "BLOCK_M")))
     merge = Launch(_kernel("decode_attention_merge", dtype), _axes(("out_rows", 1)))
     attention = Plan(
         "DecodeAttention",

@@ -78,7 +78,8 @@ def _launch(launch: Launch, values: Mapping[str, Any], symbols: Mapping[str, int
             value = value.view(torch.int32)
         named[argument.name] = value
     grid = tuple(
-        -(-symbols[symbol] // (tile.blocks[block] if isinstance(block, str) else block)) for symbol, block in launch.grid
+        -(-symbols[symbol] // (tile.blocks[block] if isinstance(block, str) else block))
+        for symbol, block in launch.grid
     )
     if 0 in grid:
         return

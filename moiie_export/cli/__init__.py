@@ -12,7 +12,7 @@ import click
 
 from moiie_export.cli.common import CONTEXT, VERBOSE_OPTION, run_guarded
 
-VERBS = ("demo", "check", "export", "build", "run", "parity", "inspect", "upcycle", "convert", "recipe", "doctor")
+VERBS = ("demo", "check", "export", "build", "plugins", "run", "parity", "inspect", "upcycle", "convert", "recipe", "doctor")
 
 EPILOG = """\b
 Examples:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note, table
-from moiie_runtime.errors import MoiieError
+from moiie_runtime.errors import MoiieError, Unsound
 
 if TYPE_CHECKING:
     from moiie_export.recipe import Recipe
+    from moiie_export.recipe_problems import Problem
 
 EPILOG = """\b
 Examples:
@@ -98,20 +99,32 @@ def cp(recipe: str, target: Path, force: bool) -> None:
     click.echo(str(path))
 
 
-@command.command("validate", context_settings=CONTEXT, epilog="\b\nExample:\n  moiie recipe validate my.yaml")
+@command.command(
+    "validate",
+    context_settings=CONTEXT,
+    epilog="\b\nExamples:\n  moiie recipe validate my.yaml\n  moiie recipe validate my.yaml --checkpoint path/to/checkpoint",
+)
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Check quantisation rules against this checkpoint.  [default: the recipe's, where it exists]",
+)
 @JSON_OPTION
 @VERBOSE_OPTION
-def validate(recipes: tuple[str, ...], as_json: bool) -> None:
+def validate(recipes: tuple[str, ...], checkpoint: Path | None, as_json: bool) -> None:
     """Check recipes; every problem is listed with file and line. Exits 3 when there is one."""
     from moiie_export.recipe import load_recipe
-    from moiie_export.recipe_problems import Problem, RecipeError
+    from moiie_export.recipe_problems import RecipeError
 
     problems: list[Problem] = []
     valid: list[Recipe] = []
     for name in recipes:
         try:
-            valid.append(load_recipe(name))
+            recipe = load_recipe(name)
+            problems += _rule_problems(recipe, checkpoint)
+            valid.append(recipe)
         except RecipeError as error:  # noqa: PERF203 - every recipe is to be judged
             problems += error.problems
     if as_json:
@@ -124,6 +137,26 @@ def validate(recipes: tuple[str, ...], as_json: bool) -> None:
         click.echo("\n".join(f"{each.path}: valid" for each in valid))
     if problems:
         raise RecipeError(problems)
+
+
+def _rule_problems(recipe: Recipe, checkpoint: Path | None) -> list[Problem]:
+    """What is wrong with a recipe's quantisation rules for a checkpoint; nothing where there is no checkpoint."""
+    from moiie_export.recipe_problems import Problem
+
+    named = recipe.model.checkpoint
+    directory = checkpoint or (named if named is not None and named.is_dir() else None)
+    if directory is None or not recipe.quantization.rules:
+        return []
+    from moiie_export.quantize.rules import resolve
+    from moiie_export.source import ModelSource
+
+    with ModelSource.open(directory, recipe.model.vision_tower) as source:
+        try:
+            resolve(recipe.quantization, recipe.export.dtype, source.weight_map, source.config)
+        except Unsound as error:
+            found = [line.partition(": ") for line in error.message.splitlines()]
+            return [Problem(recipe.path or Path(recipe.name), 1, key, text) for key, _, text in found]
+    return []
 
 
 def _text(path: Path) -> str:

@@ -53,10 +53,10 @@ def _by_bank(bundle: Bundle) -> dict[str, dict[str, dict[str, int]]]:
     found: dict[str, dict[str, dict[str, int]]] = {}
     for name in sorted(names):
         owner = name.removesuffix(".input_scale").removesuffix(".scales")
-        places = stored_tensor(header, name), stored_tensor(header, owner)
-        if places[0] is None or places[1] is None:
+        place, place_of_owner = stored_tensor(header, name), stored_tensor(header, owner)
+        if place is None or place_of_owner is None:
             continue
-        (info, share), (own, _) = places
+        (info, share), (own, _) = place, place_of_owner
         form = bundle.quantization.get(own.name, _FLOATS.get(own.dtype, own.dtype))
         entry = found.setdefault(bank_of(owner, groups), {}).setdefault(form, {"parameters": 0, "bytes": 0})
         entry["parameters"] += name == owner

@@ -1,8 +1,7 @@
-"""CachedAttention -> GroupQueryAttention, with rotary positions and the split of the projection inside.
+"""CachedAttention -> one op that takes the fused projection as it is: our kernel, or GroupQueryAttention.
 
-GroupQueryAttention takes the fused projection as it is, rotates, writes into the shared buffers and attends over what
-they hold; `local_window_size` counts the token itself, as in CachedAttention. It has no mask: rows of a batch are padded
-on the right, where no token looks.
+Both rotate, write into the shared buffers and attend over what they hold; `local_window_size` counts the token itself, as
+in CachedAttention. Neither has a mask: rows of a batch are padded on the right, where no token looks.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ import onnx_ir as ir
 from moiie_export.graph.evaluate import evaluate
 from moiie_export.graph.rewriting import CONTRIB, constant, insert, only_consumer, origin, producer, replace
 
-_ROTARY_STEP = 16
-"""Head sizes that GroupQueryAttention rotates; for others CachedAttention stays."""
+_HEAD_STEP = 16
+"""Head sizes that both take are multiples of this; for others CachedAttention stays."""
+KERNELS = "moiie.cpu"
+"""Domain of our kernels."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,31 @@ class _Shared:
     tables: tuple[ir.Value, ir.Value]
 
 
-def group_query_attention(model: ir.Model, heads: Heads) -> int:
+def fuse_attention(model: ir.Model, heads: Heads, kernels: bool) -> int:
     """Rewrite every CachedAttention that is fed by one fused projection.
 
     Args:
-        model: a decoder graph with bare nodes.
-        heads: of its attention; where their size cannot be rotated inside, nothing is rewritten.
+        model: a decoder graph with bare nodes, its key and value buffers in the type they will have.
+        heads: of its attention; where their size fits neither op, nothing is rewritten.
+        kernels: whether our own kernel is there.
 
     Returns:
         How many were rewritten.
     """
     nodes = [node for node in model.graph if node.op_type == "CachedAttention"]
     found = [(node, ends) for node in nodes if (ends := _ends(node)) is not None]
-    if not found or heads.size % _ROTARY_STEP:
+    if not found or heads.size % _HEAD_STEP:
         return 0
     rotary = producer(found[0][0].inputs[0], "RotaryEmbedding")
     assert rotary is not None
-    shared = _shared(model, rotary)
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    tables = _tables(model, rotary, inputs)
+    shared = None if kernels else _shared(model, tables, inputs)
     for node, ends in found:
-        _rewrite(node, ends, heads, shared)
+        if shared is None:
+            _attend(node, ends, heads, [inputs["past_lengths"], *tables])
+        else:
+            _group_query(node, ends, heads, shared)
     return len(found)
 
 
@@ -74,10 +81,8 @@ def _ends(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     return None if reshape is None or joined is None else (reshape, joined)
 
 
-def _shared(model: ir.Model, rotary: ir.Node) -> _Shared:
-    graph, name = model.graph, "attention"
-    inputs = {str(value.name): value for value in graph.inputs}
-    first = graph[0]
+def _shared(model: ir.Model, tables: tuple[ir.Value, ir.Value], inputs: Mapping[str, ir.Value]) -> _Shared:
+    name, first = "attention", model.graph[0]
 
     def add(op: str, values: list[ir.Value | None], label: str, **attributes: int) -> ir.Value:
         return insert(first, op, values, name=f"{name}/{label}", **attributes).outputs[0]
@@ -90,14 +95,13 @@ def _shared(model: ir.Model, rotary: ir.Node) -> _Shared:
     length = add("Cast", [longest], "total_length", to=ir.DataType.INT32.value)
     rest = constant(model, f"{name}/rest", np.array([-1], np.int64))
     shape = add("Concat", [size, rest], "shape", axis=0)
-    capacity = inputs["past_key_values.0.key"].shape[2]  # type: ignore[index] - set by the exporter
-    tables = _tables(model, rotary, int(capacity))  # type: ignore[arg-type] - a fixed size
     return _Shared(seqlens, length, shape, tables)
 
 
-def _tables(model: ir.Model, rotary: ir.Node, capacity: int) -> tuple[ir.Value, ir.Value]:
+def _tables(model: ir.Model, rotary: ir.Node, inputs: Mapping[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines of every position, [capacity, head size / 2], by the graph's own computation of them."""
-    hidden = {str(value.name): value for value in model.graph.inputs}["inputs_embeds"].shape[2]  # type: ignore[index]
+    capacity = int(inputs["past_key_values.0.key"].shape[2])  # type: ignore[index, arg-type] - set by the exporter
+    hidden = inputs["inputs_embeds"].shape[2]  # type: ignore[index] - set by the exporter
     feeds: Mapping[str, npt.NDArray[np.generic]] = {
         "past_lengths": np.arange(capacity, dtype=np.int64),
         "inputs_embeds": np.zeros((capacity, 1, int(hidden)), np.float32),  # type: ignore[arg-type] - a fixed size
@@ -107,7 +111,27 @@ def _tables(model: ir.Model, rotary: ir.Node, capacity: int) -> tuple[ir.Value, 
     return constant(model, "rotary/cos", cosines), constant(model, "rotary/sin", sines)
 
 
-def _rewrite(node: ir.Node, ends: tuple[ir.Node, ir.Node], heads: Heads, shared: _Shared) -> None:
+def _attend(node: ir.Node, ends: tuple[ir.Node, ir.Node], heads: Heads, rest: list[ir.Value]) -> None:
+    reshape, joined = ends
+    past_key = node.inputs[3]
+    half = past_key is not None and past_key.dtype == ir.DataType.FLOAT16
+    attention = insert(
+        node,
+        "AttendHalf" if half else "Attend",
+        [reshape.inputs[0], *node.inputs[3:5], *rest],
+        domain=KERNELS,
+        outputs=3,
+        name=f"{node.name}/Attend",
+        num_heads=heads.query,
+        kv_num_heads=heads.key,
+        head_size=heads.size,
+        local_window_size=node.attributes["local_window_size"].as_int(),
+    )
+    for old, new in zip((joined.outputs[0], *node.outputs[1:]), attention.outputs, strict=True):
+        replace(old, new)
+
+
+def _group_query(node: ir.Node, ends: tuple[ir.Node, ir.Node], heads: Heads, shared: _Shared) -> None:
     reshape, joined = ends
     packed = insert(node, "Reshape", [reshape.inputs[0], shared.shape], name=f"{node.name}/qkv")
     attention = insert(

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from moiie_export.graph.cpu_attention import KERNELS
 from moiie_export.graph.rewriting import initializer_for_later, insert, only_consumer, origin, producer, replace
 from moiie_export.ops import DOMAIN
 from moiie_export.ops.quantized_expert_dispatch import KINDS, PLAIN_BITS
 
-KERNELS = "moiie.cpu"
-"""Domain of the kernels."""
 BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 """Bits of the types in which weights are stored."""
 

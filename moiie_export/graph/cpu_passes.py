@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from moiie_export.graph.cpu_attention import Heads, group_query_attention
+from moiie_export.graph.cpu_attention import KERNELS, Heads, fuse_attention
 from moiie_export.graph.cpu_contrib import lower_to_contrib
-from moiie_export.graph.cpu_native import KERNELS, Plan, fuse_routing, lower_to_kernels
+from moiie_export.graph.cpu_native import Plan, fuse_routing, lower_to_kernels
 from moiie_export.graph.cpu_norms import fuse_norms
 from moiie_export.graph.passes import attach_bodies
 from moiie_export.graph.rewriting import CONTRIB, clean, initializer_for_later, is_for_later, replace
@@ -60,16 +60,16 @@ def lower(model: ir.Model, settings: CpuSettings, into: Lowered) -> None:
     """
     model.functions.clear()
     buffers = [value for value in (*model.graph.inputs, *model.graph.outputs) if _is_buffer(value)]
-    rewritten = group_query_attention(model, settings.heads) if buffers else 0
-    if buffers and settings.kv_dtype == "float16":
-        if 4 * rewritten != len(buffers):
-            raise MoiieError(
-                f"{model.graph.name}: keys and values as float16 need a head size that is a multiple of 16, "
-                f"this model has {settings.heads.size}",
-                "use kv_cache: float32",
-            )
+    if settings.kv_dtype == "float16":
         for value in buffers:
             value.dtype = ir.DataType.FLOAT16
+    rewritten = fuse_attention(model, settings.heads, settings.kernels) if buffers else 0
+    if buffers and settings.kv_dtype == "float16" and 4 * rewritten != len(buffers):
+        raise MoiieError(
+            f"{model.graph.name}: keys and values as float16 need a head size that is a multiple of 16, "
+            f"this model has {settings.heads.size}",
+            "use kv_cache: float32",
+        )
     fuse_norms(model)
     if settings.kernels:
         lower_to_kernels(model, into.packed)

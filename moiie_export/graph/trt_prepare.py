@@ -16,7 +16,10 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def prepare(model: ir.Model, context: TrtContext) -> None:
-    """Constant nodes become initialisers, casts of stored weights vanish, batch and kept positions become numbers."""
+    """Drop bodies, make Constant nodes initialisers, let casts of stored weights vanish, make batch and kept numbers."""
+    model.functions.clear()  # a parser would take a portable body where the plugin is missing
+    for node in model.graph:
+        node.overload = ""
     lift_constants(model)
     _drop_storage_casts(model)
     _resolve_cast_like(model)

@@ -1,6 +1,7 @@
 """Quantisation methods by name. A method quantises a block of whole rows; rows are independent of each other.
 
-Finding a method imports its module and with it torch; listing names does not, so that recipes are checked without torch and numpy.
+Finding a method imports its module and with it torch; listing names does not, so that recipes are checked without torch
+and numpy.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from moiie_runtime.errors import MoiieError
 _CHUNK = 1 << 17
 """Numbers worked on at a time: with two buffers they stay in a core's own cache."""
 
-_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+_SMALLEST, _NORMAL = float(np.finfo(np.float16).smallest_subnormal), float(np.finfo(np.float16).smallest_normal)
 
 
 def rtn(weight: Float32, scheme: Scheme, stats: InputStatistics | None = None, *, name: str = "weight") -> Quantized:
@@ -74,9 +74,13 @@ def fit_scales(groups: torch.Tensor, scheme: Scheme, rounded: torch.Tensor, spar
 
 
 def as_float16(scale: torch.Tensor) -> torch.Tensor:
-    """Positive scales rounded to float16 and back: 1 for a zero, the smallest float16 for what would become zero."""
+    """Scales >= 0 rounded to float16 and back, 1 for a zero.
+
+    Where float16 has few digits left they are rounded up: a scale much too small would cut the group's largest numbers.
+    """
     half = scale.half().float()
-    half[(half == 0) & (scale > 0)] = _SMALLEST
+    coarse = torch.ceil(scale / _SMALLEST) * _SMALLEST
+    half = torch.where(scale < _NORMAL, coarse, half)
     half[half == 0] = 1.0
     return half
 

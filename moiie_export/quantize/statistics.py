@@ -75,7 +75,7 @@ class InputStatistics:
             starts = range(0, self.columns, size)
             return np.stack([self.gram[start : start + size, start : start + size] for start in starts])
         grouped = self.sample.reshape(len(self.sample), -1, size).transpose(1, 0, 2)
-        blocks: Float32 = grouped.transpose(0, 2, 1) @ grouped / max(1, len(self.sample))
+        blocks: Float32 = grouped.transpose(0, 2, 1) @ grouped / np.float32(max(1, len(self.sample)))
         return blocks
 
     def second_moment(self) -> Float32:

@@ -99,7 +99,7 @@ def decode_attention_merge(partial, stats, out, D, splits, BLOCK_D: tl.constexpr
     best = tl.full([], -float("inf"), tl.float32)
     weight = tl.zeros([], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         score = tl.load(stats + (row * splits + split) * 2)
         if score > -float("inf"):
             higher = tl.maximum(best, score)

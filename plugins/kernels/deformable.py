@@ -33,7 +33,7 @@ def deformable_sample(
         lane = first + tl.arange(0, BLOCK_D)
         inside = lane < D
         total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        for point in range(0, P):
+        for point in range(P):
             place = points + (item * P + point) * 2
             x = tl.load(place, mask=valid, other=-2.0)
             y = tl.load(place + 1, mask=valid, other=-2.0)

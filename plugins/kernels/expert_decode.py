@@ -148,7 +148,7 @@ def expert_decode_down(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = column < hidden_size
     total = tl.zeros([BLOCK_N], tl.float32)
-    for choice in range(0, top_k):
+    for choice in range(top_k):
         route = token * top_k + choice
         row = bank_row(expert_mask, tl.load(expert_ids + route))
         if row >= 0:

@@ -157,7 +157,7 @@ def expert_combine(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = column < hidden_size
     total = tl.zeros([BLOCK_N], tl.float32)
-    for choice in range(0, top_k):
+    for choice in range(top_k):
         route = token * top_k + choice
         # The rows of routes that this bank does not serve were never written.
         if bank_row(expert_mask, tl.load(expert_ids + route)) >= 0:

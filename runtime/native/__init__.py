@@ -27,7 +27,7 @@ _SOURCES = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
 # No flag names a processor: the sources ask for instruction sets function by function. GCC warns of uninitialised values
 # inside its own vector intrinsics.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-psabi")
 
 
 def library() -> Path:

@@ -10,7 +10,7 @@
 namespace moiie {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes: a single row of activations is bound by how soon the weights arrive
+constexpr int64_t kAhead = 4096;  // bytes: a single row of activations is bound by how soon the weights arrive
 
 size_t panel_bytes(int64_t rows, int64_t columns) { return rows * (columns / kStrip) * generic::kRowStripBytes; }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "attention_tile.h"
 #include "host.h"
 #include "kernels.h"
 
@@ -59,6 +60,35 @@ class Route {
   int64_t experts_;
   int64_t top_k_;
   std::vector<int64_t> groups_[2];  // language, vision
+};
+
+// Attend(qkv [B * T, (Hq + 2 Hkv) * D], keys [B, Hkv, S, D], values, past_lengths [B] int64, cosines [S, D / 2], sines)
+// -> out [B * T, Hq * D], keys, values; attributes num_heads Hq, kv_num_heads Hkv, head_size D, local_window_size.
+// Rotates queries and keys, writes keys and values of the T tokens of each row behind those it has, and attends: a token sees
+// itself and what is before it, with a window W > 0 only the W nearest. AttendHalf is the same on float16 buffers.
+struct AttendArguments;
+
+class Attend {
+ public:
+  Attend(const Attributes& attributes, bool half);
+  void run(const Call& call) const;
+
+ private:
+  AttendArguments arguments(const Call& call) const;
+  void* updated(const Call& call, size_t output, const Tensor& past) const;
+  void write(const AttendArguments& arguments, int64_t pair) const;
+  void look(const AttendArguments& arguments, int64_t pair, int64_t first, int64_t count) const;
+  int64_t heads_, key_heads_, size_, window_;
+  bool half_;
+  void (*attend_)(const attention::Tile& tile, bool half);
+};
+
+struct AttendFloat : Attend {
+  explicit AttendFloat(const Attributes& attributes) : Attend(attributes, false) {}
+};
+
+struct AttendHalf : Attend {
+  explicit AttendHalf(const Attributes& attributes) : Attend(attributes, true) {}
 };
 
 }  // namespace moiie

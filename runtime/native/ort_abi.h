@@ -30,7 +30,7 @@ struct ApiBase {
 };
 
 enum Code : int { kFail = 1, kInvalidArgument = 2 };
-enum Element : int { kFloat = 1, kUint8 = 2, kInt32 = 6 };
+enum Element : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum Presence : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 
 // What an operator tells the runtime about itself; the order of the members is the interface.

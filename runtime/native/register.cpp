@@ -88,15 +88,32 @@ CustomOp route_table() {
   return op;
 }
 
+template <typename Operator, ort::Element Stored>
+CustomOp attend_table() {
+  CustomOp op = table<Operator>();
+  op.name = [](const CustomOp*) { return Stored == ort::kFloat ? "Attend" : "AttendHalf"; };
+  op.input_count = [](const CustomOp*) -> size_t { return 6; };
+  op.input_type = [](const CustomOp*, size_t i) {
+    return i == 1 || i == 2 ? Stored : i == 3 ? ort::kInt64 : ort::kFloat;
+  };
+  op.input_presence = [](const CustomOp*, size_t) { return ort::kRequired; };
+  op.output_count = [](const CustomOp*) -> size_t { return 3; };
+  op.output_type = [](const CustomOp*, size_t i) { return i == 0 ? ort::kFloat : Stored; };
+  return op;
+}
+
 // One domain for all sessions; it lives as long as the library.
 ort::Domain* domain(const ort::Api* api) {
   static const CustomOp linear = linear_table(), experts = experts_table(), route = route_table();
+  static const CustomOp attend = attend_table<AttendFloat, ort::kFloat>(), attend_half = attend_table<AttendHalf, ort::kFloat16>();
   static ort::Domain* const made = [api] {
     ort::Domain* created = nullptr;
     check(api, ort::CreateDomain::of(api)("moiie.cpu", &created));
     check(api, ort::AddToDomain::of(api)(created, &linear));
     check(api, ort::AddToDomain::of(api)(created, &experts));
     check(api, ort::AddToDomain::of(api)(created, &route));
+    check(api, ort::AddToDomain::of(api)(created, &attend));
+    check(api, ort::AddToDomain::of(api)(created, &attend_half));
     return created;
   }();
   return made;

@@ -38,9 +38,15 @@ class Touched:
         return self.common + self.experts + self.kv_per_position * context
 
 
-def bundle_bytes(bundle: Path) -> Touched:
-    """Of a bundle directory, as its weight file stores it; its built form may hold more."""
+def bundle_bytes(bundle: Path, target: str = "") -> Touched:
+    """Of a bundle directory, as its weight file stores it, with the cache of the form built for `target`, if any.
+
+    What a built form stores more does not move the bound.
+    """
     manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    engine = bundle / "engines" / target / "engine.json"
+    if target and engine.is_file():
+        manifest["kv_cache"] |= json.loads(engine.read_text(encoding="utf-8"))["kv_cache"]
     header = TensorFile(bundle / manifest["embed_tokens"]["file"]).header
     return decode_bytes(manifest, {name: (info.shape, info.nbytes) for name, info in header.items()})
 

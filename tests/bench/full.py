@@ -61,7 +61,7 @@ def run(options: Namespace) -> None:
     if "run" in options.steps:
         settings = {"model": options.model, "part": options.part, "threads": options.threads}
         settings |= {"target": options.target, "text_tokens": _TEXT, "new_tokens": _NEW, "quick": options.quick}
-        append(options.keep, {"benchmark": "full", "settings": settings, **environment(), **found})
+        append(options.keep, {"benchmark": "full-size", "settings": settings, **environment(), **found})
     if options.delete and "run" in options.steps:
         shutil.rmtree(folder)
 
@@ -139,7 +139,7 @@ def _run(folder: Path, options: Namespace) -> dict[str, Any]:
     manifest = json.loads((bundle / "bundle.json").read_text())
     prompt = manifest["tokens"]["image_tokens"] + _TEXT
     samples = with_rates(taken, prompt, _NEW)
-    touched, context = bundle_bytes(bundle), prompt + _NEW / 2
+    touched, context = bundle_bytes(bundle, options.target), prompt + _NEW / 2
     speed = summarise(samples["moiie"], ("prefill_seconds", "prefill_rate", "decode_rate"))
     bandwidth = summarise(samples["bandwidth"], ("bytes_per_second",))
     known = speed["decode_rate"] and bandwidth["bytes_per_second"]

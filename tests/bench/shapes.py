@@ -105,12 +105,12 @@ def _measure(engines: list[EngineSpec], paths: dict[str, Path], options: Namespa
             for other, each in samples.items()
             if "moiie" in samples and other not in ("moiie", "bandwidth")
         },
-        **({"bundle": _about_bundle(paths["moiie"])} if "moiie" in paths else {}),
+        **({"bundle": _about_bundle(paths["moiie"], options.target)} if "moiie" in paths else {}),
     }
 
 
-def _about_bundle(bundle: Path) -> dict[str, Any]:
-    touched = bundle_bytes(bundle)
+def _about_bundle(bundle: Path, target: str) -> dict[str, Any]:
+    touched = bundle_bytes(bundle, target)
     context = PROMPT + NEW / 2
     files = {name: size for name, size in folder_bytes(bundle).items() if size > 1 << 20}
     return {"bytes_per_decode_token": touched.at(context), "context": context, "large_files": files}

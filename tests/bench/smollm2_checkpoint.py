@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from moiie_export.checkpoint_writer import NewTensor
 from moiie_export.checkpoint_writer import write_checkpoint as write_tensors
+from moiie_export.prompts import LLAMA3
 from moiie_runtime.tensors import TensorFile
 from tests.synthetic import write_checkpoint
 
@@ -137,8 +138,9 @@ def _replace_tensors(checkpoint: Path, decoder: Mapping[str, np.ndarray]) -> Non
 
 
 def _write_tokenizer(checkpoint: Path, fields: Mapping[str, Any]) -> None:
-    """GPT-2's byte pairs; digits stand alone."""
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    """GPT-2's byte pairs; digits stand alone. The end of a text gets the name that the family's prompts have for it."""
+    tokens, kinds = list(fields["tokenizer.ggml.tokens"]), fields["tokenizer.ggml.token_type"]
+    tokens[tokens.index("<|endoftext|>")] = LLAMA3.stop_string
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     single = pre_tokenizers.Digits(individual_digits=True)

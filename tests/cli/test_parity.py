@@ -114,3 +114,36 @@ def test_refusals(moiie: Moiie, bundle: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("moiie_export.cli.sources.find_spec", lambda name: None if name == "onnx" else object())
     result = moiie("parity", bundle, "--checkpoint", CHECKPOINT)
     assert (result.code, result.error) == (4, "this needs packages that are not installed: onnx")
+
+
+def test_ranges_are_shown_and_compare_nothing(moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = reported(monkeypatch, 0.5)
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--ranges")
+    assert result.code == 0, result.err
+    assert not asked
+    assert "everything fits float16 (65504, with a margin of 2)" in result.out
+    assert "decoder.layers.0  " in result.out
+    assert "made-up pictures" in result.err
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--ranges", "--json")
+    assert result.document["islands"] == []
+    assert {each["kind"] for each in result.document["tensors"]} == {"input", "output", "residual", "scores"}
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--ranges", "--report", "r.html")
+    assert result.code == 2
+    assert "leave --report and --png out" in result.error
+
+
+def test_ranges_name_the_islands_for_a_recipe(
+    moiie: Moiie, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from moiie_export.model.ranges import OUTPUT, Range, Ranges
+
+    name = "decoder.layers.1.mlp.experts.0.down_proj"
+    found = Ranges([Range(name, OUTPUT, 1, {"vision": 7e4}), Range("b", OUTPUT, 1, {"language": 1.0})], ["case 1"])
+    monkeypatch.setattr("moiie_export.model.ranges.measure_ranges", lambda *_: found)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("schema: 1\nparity: {cases: [{prompt: p}]}\n", encoding="utf-8")
+    result = moiie("parity", bundle, "--checkpoint", CHECKPOINT, "--ranges", "--recipe", recipe)
+    assert result.code == 0
+    assert f"export:\n  islands:\n    - {name}\n" in result.out
+    assert "overflows" in result.out
+    assert "made-up" not in result.err

@@ -31,9 +31,7 @@ def new_tokens(past: list[int], tokens: int) -> torch.Tensor:
         pytest.param(20, 1, 1, 8, [9], 4, id="more-rows-than-a-tile"),
     ],
 )
-def test_update_and_attention(
-    heads: int, key_heads: int, tokens: int, size: int, past: list[int], window: int
-) -> None:
+def test_update_and_attention(heads: int, key_heads: int, tokens: int, size: int, past: list[int], window: int) -> None:
     from moiie_plugins.run import run
 
     batch, capacity = len(past), 310
@@ -42,7 +40,9 @@ def test_update_and_attention(
     caches = random(2, batch, key_heads, capacity, size)
     positions = new_tokens(past, tokens)
     arguments = (query, key, value, *caches, positions)
-    expected, *presents = cached_attention(*(a.double() if a.is_floating_point() else a for a in arguments), key_heads, window)
+    expected, *presents = cached_attention(
+        *(a.double() if a.is_floating_point() else a for a in arguments), key_heads, window
+    )
 
     lengths = torch.tensor(past, dtype=torch.int32)
     for cache, update, present in zip(caches, (key, value), presents, strict=True):
@@ -64,7 +64,12 @@ def test_scale_of_scores() -> None:
     query, key, value = random(3, 1, 2, 1, 16)
     cache = random(2, 1, 2, 4, 16)
     cache[0, :, :, 0:1], cache[1, :, :, 0:1] = key, value
-    tensors = {"query": query * 3, "key": cache[0], "value": cache[1], "past_lengths": torch.tensor([3], dtype=torch.int32)}
+    tensors = {
+        "query": query * 3,
+        "key": cache[0],
+        "value": cache[1],
+        "past_lengths": torch.tensor([3], dtype=torch.int32),
+    }
     out = torch.empty_like(query)
     run("DecodeAttention", tensors, out, {"scale": 0.7})
     scores = (query.double() * 3 @ cache[0].double().transpose(2, 3)) * 0.7

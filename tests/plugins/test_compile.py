@@ -38,7 +38,11 @@ def test_images_are_cubins_for_each_sm_and_portable_ptx(folder: Path, table: dic
     code = (folder / "kernels.bin").read_bytes()
     assert set(table["kernels"]) == {"kv_cache_update.float16", "deformable_sample.float16"}
     for kernel in table["kernels"].values():
-        assert [(image["sm"], image["kind"]) for image in kernel["images"]] == [(87, "cubin"), (87, "ptx"), (90, "cubin")]
+        assert [(image["sm"], image["kind"]) for image in kernel["images"]] == [
+            (87, "cubin"),
+            (87, "ptx"),
+            (90, "cubin"),
+        ]
         for image in kernel["images"]:
             assert image["offset"] % 64 == 0
             content = code[image["offset"] : image["offset"] + image["size"]]

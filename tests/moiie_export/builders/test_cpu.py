@@ -83,6 +83,17 @@ def error(found: mr.Generation, wanted: mr.Generation) -> float:
     return float(np.abs(found.prefill_logits - wanted.prefill_logits).max() / np.abs(wanted.prefill_logits).max())
 
 
+def agreement(found: mr.Generation, wanted: mr.Generation) -> float:
+    """Share of the prompt's tokens that go to the same experts."""
+    assert found.routing is not None
+    assert wanted.routing is not None
+    same = [
+        (np.sort(found.routing.prefill[layer].expert_ids) == np.sort(routing.expert_ids)).all(axis=-1)
+        for layer, routing in wanted.routing.prefill.items()
+    ]
+    return float(np.concatenate(same).mean())
+
+
 def nodes(path: Path) -> list[tuple[str, str]]:
     model = onnx.load(path, load_external_data=False)
     return [(node.domain, node.op_type) for node in model.graph.node]
@@ -92,20 +103,16 @@ def test_a_quantised_bundle_answers_as_the_portable_one(bundle: Path, portable: 
     built(bundle)
     found = answer(bundle, "cpu")
     assert 0 < error(found, portable) < 0.1  # activations are rounded to int8
-    assert found.routing is not None
-    assert portable.routing is not None
-    for layer, routing in portable.routing.prefill.items():
-        same = (np.sort(found.routing.prefill[layer].expert_ids) == np.sort(routing.expert_ids)).all(axis=-1)
-        assert same.mean() > 0.9
+    assert agreement(found, portable) > 0.9
 
 
 def test_quantised_layers_use_the_kernels(bundle: Path, kernels: str) -> None:
     path = built(bundle).path
     wanted = {
-        "kernels": {("moiie.cpu", "QLinear"), ("moiie.cpu", "QExperts"), ("moiie.cpu", "Route")},
-        "contrib": {("com.microsoft", "MatMulNBits")},
+        "kernels": {("moiie.cpu", op) for op in ("QLinear", "QExperts", "Route", "Attend")},
+        "contrib": {("com.microsoft", op) for op in ("MatMulNBits", "GroupQueryAttention")},
     }[kernels]
-    fused = {("com.microsoft", "GroupQueryAttention"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}
+    fused = {("com.microsoft", "SkipSimplifiedLayerNormalization")}
     for phase in ("prefill", "decode"):
         found = {*nodes(path / f"decoder_{phase}.onnx")}
         assert wanted | fused <= found
@@ -141,9 +148,7 @@ def test_a_prompt_in_pieces_gives_the_same(bundle: Path) -> None:
     pieces = answer(bundle, "cpu")
     assert pieces.token_ids == whole.token_ids
     assert error(pieces, whole) < 0.1  # the last bit of an activation decides how it is rounded
-    assert pieces.routing is not None
-    assert whole.routing is not None
-    np.testing.assert_array_equal(pieces.routing.prefill[1].expert_ids, whole.routing.prefill[1].expert_ids)
+    assert agreement(pieces, whole) > 0.95
 
 
 def test_a_batch_in_pieces_gives_what_each_gives_alone(bundle: Path) -> None:

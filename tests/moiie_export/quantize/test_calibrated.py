@@ -201,9 +201,11 @@ def test_the_scale_changes_nothing_but_rounding() -> None:
 
 
 def test_where_no_scale_helps_everyone_it_is_one() -> None:
+    """An expert that is exact as it is, and whose few tokens the sum over experts would not notice."""
     scheme = Scheme("int4", 32)
     exact = np.tile(np.arange(-8, 8, dtype=np.float32), (3, 8)) / 4
-    consumers = [*group(1, scheme), Consumer(exact, scheme, seen(structured(50, 128)), "exact")]
+    consumers = [*group(1, scheme), Consumer(exact, scheme, seen(structured(1, 128) / 1000), "exact")]
+    assert (search_scale(consumers[:1]) != 1).any()
     np.testing.assert_array_equal(search_scale(consumers), np.ones(128, np.float32))
     unseen = InputStatistics(0, np.zeros(128, np.float32), None, np.zeros((0, 128), np.float32))
     np.testing.assert_array_equal(search_scale([replace(consumers[0], stats=unseen)]), np.ones(128, np.float32))

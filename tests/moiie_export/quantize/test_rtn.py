@@ -63,6 +63,14 @@ def test_no_number_is_far_off_at_any_magnitude(
 
 
 @pytest.mark.parametrize("scheme", GROUPED, ids=str)
+def test_a_group_whose_scale_is_below_float16_is_not_lost(scheme: Scheme) -> None:
+    tiny = np.finfo(np.float16).smallest_subnormal
+    weight = np.full((1, scheme.group_size), 3 * tiny, np.float32)
+    made = rtn(weight, scheme)
+    np.testing.assert_allclose(restore(made, scheme), weight, rtol=0, atol=0.5 * tiny)
+
+
+@pytest.mark.parametrize("scheme", GROUPED, ids=str)
 def test_numbers_on_the_grid_come_back_exactly(scheme: Scheme) -> None:
     """What was quantised once is not changed by doing it again with the whole range in use."""
     rng = np.random.default_rng(3)

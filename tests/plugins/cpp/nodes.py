@@ -52,9 +52,7 @@ class Example:
         return Node(self.op, self.attributes, inputs, [output])
 
 
-def _experts_in(
-    tensors: Tensors, gate_up: torch.Tensor, down: torch.Tensor, experts: Sequence[int]
-) -> torch.Tensor:
+def _experts_in(tensors: Tensors, gate_up: torch.Tensor, down: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
     hidden = tensors["hidden"].double()
     out = torch.zeros_like(hidden)
     for token, (ids, weights) in enumerate(zip(tensors["expert_ids"], tensors["expert_weights"], strict=True)):

@@ -23,7 +23,12 @@ from tests.plugins.cpp.nodes import EXAMPLES, Example
 
 ROWS = ("hidden", "expert_ids", "expert_weights")
 MOST = 700
-TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int8": TensorProto.INT8}
+TYPES = {
+    "float16": TensorProto.FLOAT16,
+    "float32": TensorProto.FLOAT,
+    "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+}
 GRAPHS = ("decode", "decode, int4 of 32", "prefill, int8 of 32", "cache", "attention, window", "samples, float32")
 
 

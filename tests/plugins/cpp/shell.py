@@ -189,7 +189,9 @@ def drive(lines: Sequence[str], environment: Mapping[str, str] | None = None, dr
         **(environment or {}),
     }
     script = "\n".join([f"library {made.sanitized}", *lines]) + "\n"
-    done = subprocess.run([made.harness], input=script, capture_output=True, text=True, env=variables, timeout=120)
+    done = subprocess.run(
+        [made.harness], input=script, capture_output=True, text=True, env=variables, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr, done.stderr
     return Said(done.stdout.splitlines())

@@ -91,7 +91,7 @@ def _workspace(name: str, tokens: int, most: int) -> int:
 
 
 def test_workspace_is_that_of_the_profiles_largest_shape() -> None:
-    """By hand: decode 6 routes of 48 floats; prefill 1000 routes with 4 experts in blocks of 128 rows, each buffer padded to 256."""
+    """By hand: decode 6 routes of 48 floats; prefill 1000 routes with 4 experts in blocks of 128 rows; padded to 256."""
     assert _workspace("decode", 3, 3) == 1280
     blocks = (1000 + 4 * 127) // 128
     buffers = [blocks * 128 * 4, blocks * 4, blocks * 128 * 48 * 2, 1000 * 64 * 2]

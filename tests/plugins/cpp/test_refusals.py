@@ -12,6 +12,11 @@ import torch
 from tests.plugins.cpp.nodes import EXAMPLES, Example
 from tests.plugins.cpp.shell import Said, drive
 
+
+def _int4(bits: Sequence[int], group_size: Sequence[int]) -> Mapping[str, Sequence[int]]:
+    return {"experts": [1, 4], "bits": bits, "group_size": group_size}
+
+
 ATTRIBUTES = [
     ("decode", {}, "attribute 'experts' is missing"),
     ("decode", {"experts": [0, 2, 3, 63], "banks": [1]}, "there is no attribute 'banks'; the attributes are experts"),
@@ -19,25 +24,49 @@ ATTRIBUTES = [
     ("decode", {"experts": [0, 2, 3, 64]}, "attribute 'experts' names 64 after 3; ids ascend and lie between 0 and 63"),
     ("decode", {"experts": []}, "attribute 'experts' names no expert"),
     ("decode", {"experts": 1.5}, "attribute 'experts' is 1.5; expected a whole number"),
-    ("decode, int4 of 32", {"experts": [1, 4], "bits": [3], "group_size": [32]}, "attribute 'bits' is 3; expected 4 or 8"),
-    ("decode, int4 of 32", {"experts": [1, 4], "bits": [4, 4], "group_size": [32]}, "attribute 'bits' has 2 values; expected 1"),
-    ("decode, int4 of 32", {"experts": [1, 4], "bits": [4], "group_size": [48]}, "attribute 'group_size' is 48; expected 32, 64 or 128"),
+    (
+        "decode, int4 of 32",
+        _int4([3], [32]),
+        "attribute 'bits' is 3; expected 4 or 8",
+    ),
+    (
+        "decode, int4 of 32",
+        _int4([4, 4], [32]),
+        "attribute 'bits' has 2 values; expected 1",
+    ),
+    (
+        "decode, int4 of 32",
+        {"experts": [1, 4], "bits": [4], "group_size": [48]},
+        "attribute 'group_size' is 48; expected 32, 64 or 128",
+    ),
     ("attention", {"window": [-1]}, "attribute 'window' is -1; expected 0 (none) or a number of keys"),
     ("attention", {"scale": -0.5}, "attribute 'scale' is -0.5; expected 0 (1/sqrt of the head size) or more"),
 ]
 
 SHAPES = [
     ("decode", {"expert_ids": (4, 2)}, "input 1 (expert_ids) has the shape [4, 2]; axis 0 ('T') must be 3, not 4"),
-    ("decode", {"gate_up": (4, 96, 65)}, "input 3 (gate_up) has the shape [4, 96, 65]; axis 2 ('H') must be 64, not 65"),
+    (
+        "decode",
+        {"gate_up": (4, 96, 65)},
+        "input 3 (gate_up) has the shape [4, 96, 65]; axis 2 ('H') must be 64, not 65",
+    ),
     ("decode", {"gate_up": (4, 95, 64)}, "input 3 (gate_up): 95 is no length for an axis '2*I'"),
     ("decode", {"gate_up": (3, 96, 64)}, "input 3 (gate_up) has the shape [3, 96, 64]; axis 0 ('n') must be 4, not 3"),
     ("decode", {"hidden": (1, 3, 64)}, "input 0 (hidden) has 3 axes [1, 3, 64]; expected 2"),
     ("decode, int4 of 32", {"gate_up": (2, 64, 64)}, "axis 2 ('H/values_per_byte') must be 32, not 64"),
-    ("decode, int4 of 32", {"hidden": (2, 48)}, "input 3 (gate_up) has the shape [2, 64, 32]; axis 2 ('H/values_per_byte') must be 24"),
+    (
+        "decode, int4 of 32",
+        {"hidden": (2, 48)},
+        "[2, 64, 32]; axis 2 ('H/values_per_byte') must be 24",
+    ),
     ("cache", {"update": (2, 2, 9, 24)}, "input 1 (update) holds 9 tokens, more than the 8 slots of input 0 (cache)"),
     ("cache", {"update": (2, 3, 3, 24)}, "input 1 (update) has the shape [2, 3, 3, 24]; axis 1 ('G') must be 2, not 3"),
     ("attention", {"query": (2, 5, 2, 40)}, "input 0 (query) has 5 heads, no multiple of the 2 of input 1 (key)"),
-    ("attention", {"query": (2, 4, 2, 160), "key": (2, 2, 300, 160), "value": (2, 2, 300, 160)}, "input 0 (query) has heads of 160 values; the kernels take up to 128"),
+    (
+        "attention",
+        {"query": (2, 4, 2, 160), **dict.fromkeys(("key", "value"), (2, 2, 300, 160))},
+        "input 0 (query) has heads of 160 values; the kernels take up to 128",
+    ),
     ("samples, float32", {"points": (2, 5, 3, 4, 3)}, "axis 4 ('2') must be 2, not 3"),
 ]
 
@@ -91,7 +120,9 @@ def test_a_missing_input() -> None:
 def test_types_without_kernels() -> None:
     """The tests' library holds no bfloat16 kernels."""
     example = EXAMPLES["decode"]()
-    changed = {name: value.bfloat16() if value.dtype == torch.float16 else value for name, value in example.inputs.items()}
+    changed = {
+        name: value.bfloat16() if value.dtype == torch.float16 else value for name, value in example.inputs.items()
+    }
     assert "the library holds no kernels for ExpertDispatch in bfloat16 with weights in bfloat16" in _refused(
         replace(example, inputs=changed)
     )
@@ -100,7 +131,10 @@ def test_types_without_kernels() -> None:
 @pytest.mark.parametrize(
     ("sm", "sentence"),
     [
-        ("75", "has no code for SM75 (there is SM86, PTX from SM86); build the library for it: moiie plugins build --sm 75"),
+        (
+            "75",
+            "has no code for SM75 (there is SM86, PTX from SM86); build the library for it: moiie plugins build --sm 75",
+        ),
         ("87", None),  # PTX of an older SM runs
         ("120", None),
     ],

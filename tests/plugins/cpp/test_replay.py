@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
-
 import json
+import struct
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,8 +98,39 @@ def test_a_driver_that_refuses_cubins_gets_ptx(tmp_path: Path) -> None:
 
 def test_a_node_without_rows_launches_nothing(tmp_path: Path) -> None:
     example = EXAMPLES["decode"]()
-    rows = {name: value[:0] if name in ("hidden", "expert_ids", "expert_weights") else value for name, value in example.inputs.items()}
-    none = replace(example, inputs=rows, shape=(0, 64))
+    rows = {name: example.inputs[name][:0] for name in ("hidden", "expert_ids", "expert_weights")}
+    none = replace(example, inputs={**example.inputs, **rows}, shape=(0, 64))
     arena, offsets = _filled(none, tmp_path / "arena", in_place=True)
     _run(none, arena, offsets, tmp_path / "log")
     assert not (tmp_path / "log").exists()
+
+
+def _smaller_grid(calls: list[dict[str, Any]]) -> None:
+    calls[0]["grid"][1] -= 1
+
+
+def _swapped_pointers(calls: list[dict[str, Any]]) -> None:
+    arguments = calls[1]["arguments"]
+    arguments[0], arguments[3] = arguments[3], arguments[0]
+
+
+def _other_number(calls: list[dict[str, Any]]) -> None:
+    place = calls[1]["arguments"].index(struct.pack("<i", 48).hex())
+    calls[1]["arguments"][place] = struct.pack("<i", 32).hex()
+
+
+def _missing_launch(calls: list[dict[str, Any]]) -> None:
+    del calls[0]
+
+
+@pytest.mark.parametrize("spoil", [_smaller_grid, _swapped_pointers, _other_number, _missing_launch])
+def test_a_wrong_launch_is_seen(spoil: Callable[[list[dict[str, Any]]], None], tmp_path: Path) -> None:
+    example, log = EXAMPLES["decode"](), tmp_path / "log"
+    arena, offsets = _filled(example, tmp_path / "arena", in_place=True)
+    said = _run(example, arena, offsets, log)
+    calls = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    spoil(calls)
+    log.write_text("".join(json.dumps(call) + "\n" for call in calls), encoding="utf-8")
+    replay(_library(), log, arena, int(said.one("arena")))
+    with pytest.raises(AssertionError):
+        _check(example, arena)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def builds() -> list[dict[str, Any]]:
     """What became of each graph of rtx_build.py."""
     command = [sys.executable, "-m", "tests.plugins.cpp.rtx_build", str(released().library)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -35,7 +35,8 @@ def test_every_op_builds(builds: list[dict[str, Any]]) -> None:
         assert each["bytes"], each
         assert each["op"]
         assert not each["refusals"]
-        assert each["layers"], "no custom layer in the plan's text"
+        # A network that is one update in place has no text in its plan.
+        assert each["layers"] or each["name"] == "cache", each
 
 
 def test_the_library_is_stored_in_the_engine_when_asked(builds: list[dict[str, Any]]) -> None:

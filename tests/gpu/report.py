@@ -1,0 +1,75 @@
+"""Numerics and speed of the kernels on this machine's GPU; see run.sh. Exits with 1 where numbers are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.gpu.speed import Row
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--interpret", action="store_true", help="toy sizes in Triton's interpreter, without a GPU")
+    parser.add_argument("--only", choices=["numerics", "speed"], help="half of it")
+    parser.add_argument("--formats", nargs="+", default=[], help="of weights, for speed; default: all")
+    parser.add_argument("--json", type=Path, help="a file of JSON lines to add the results to")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit status."""
+    arguments = _arguments()
+    if arguments.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from tests.bench.record import append, environment
+    from tests.gpu.numerics import Place, outcomes
+
+    if not arguments.interpret and not torch.cuda.is_available():
+        print("error: torch sees no GPU; --interpret runs toy sizes without one", file=sys.stderr)
+        return 4
+    if arguments.interpret:
+        place = Place(torch.device("cpu"), 80, toy=True)
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        place = Place(torch.device("cuda"), 10 * major + minor, toy=False)
+    found = []
+    if arguments.only != "speed":
+        for outcome in outcomes(place):
+            found.append(outcome)
+            print(f"{'ok  ' if outcome.passed else 'FAIL'} {outcome.error:9.2e} <= {outcome.bound:.1e}  {outcome.name}")
+    measured = []
+    if arguments.only != "numerics":
+        from tests.gpu.speed import rows
+
+        for row in rows(place, arguments.formats):
+            measured.append(row)
+            print(f"measured: {row.what}", file=sys.stderr)
+    device = "the interpreter" if arguments.interpret else torch.cuda.get_device_name()
+    about = {"device": device, "sm": place.sm, **environment(("torch", "triton", "numpy"))}
+    append(arguments.json, {**about, "numerics": [asdict(o) for o in found], "speed": [asdict(r) for r in measured]})
+    _print_table(about, measured)
+    wrong = [outcome.name for outcome in found if not outcome.passed]
+    print(f"\n{len(found) - len(wrong)} of {len(found)} checks passed{': wrong: ' + '; '.join(wrong) if wrong else ''}")
+    return 1 if wrong else 0
+
+
+def _print_table(about: dict[str, Any], measured: Sequence[Row]) -> None:
+    print(f"\n{about['device']}, SM {about['sm']}, {about['versions']}, commit {about['commit']}\n")
+    print(f"{'what':58} {'us':>10} {'fraction':>9}  of      goal")
+    for row in measured:
+        fraction = "" if row.fraction is None else f"{row.fraction:9.2f}"
+        goal = "" if row.goal is None else f"{row.goal:.2f} {'met' if (row.fraction or 0) >= row.goal else 'MISSED'}"
+        print(f"{row.what:58} {row.seconds * 1e6:10.1f} {fraction:>9}  {row.of:7} {goal}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
