@@ -12,6 +12,7 @@ import math
 import os
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -56,6 +57,10 @@ class Checker:
         self._root = root
         self.problems: list[Problem] = []
 
+    @cached_property
+    def _paths(self) -> list[str]:
+        return key_paths(self._root)
+
     def build(self, cls: type[T], node: Node, where: str = "") -> T | None:
         """An instance of the dataclass `cls`, or None when a problem was found in `node`."""
         if node.value is None:
@@ -63,7 +68,7 @@ class Checker:
         if not isinstance(node.value, dict):
             self._expected("a map of keys", node, where)
             return None
-        types_ = get_type_hints(cls)
+        types_ = _hints(cast("Any", cls))
         known = {each.name: each for each in _keys(cls)}
         before = len(self.problems)
         values: dict[str, Any] = {}
@@ -92,7 +97,7 @@ class Checker:
         close = difflib.get_close_matches(name, known, n=1)
         if close:
             return f"did you mean {close[0]}?"
-        elsewhere = [path for path in key_paths(self._root) if path.split(".")[-1] == name]
+        elsewhere = [path for path in self._paths if path.split(".")[-1] == name]
         if elsewhere:
             return f"did you mean {elsewhere[0]}?"
         return f"known keys here: {', '.join(known)}"
@@ -166,7 +171,7 @@ class Checker:
 def key_paths(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key of `cls`, sections first."""
     found = []
-    for name, kind in ((each.name, get_type_hints(cls)[each.name]) for each in _keys(cls)):
+    for name, kind in ((each.name, _hints(cls)[each.name]) for each in _keys(cls)):
         found.append(prefix + name)
         if is_dataclass(kind):
             found += key_paths(cast("type[Any]", kind), f"{prefix}{name}.")
@@ -176,7 +181,7 @@ def key_paths(cls: type, prefix: str = "") -> list[str]:
 def json_schema(cls: type) -> dict[str, Any]:
     """The JSON Schema (2020-12) of the dataclass `cls`, for editors."""
     properties: dict[str, Any] = {}
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for each in _keys(cls):
         entry = _type_schema(hints[each.name], each.metadata["limits"])
         entry["description"] = each.metadata["help"]
@@ -205,6 +210,12 @@ def _type_schema(kind: Any, limits: Limits) -> dict[str, Any]:
     schema = {"type": _JSON_TYPES[kind]}
     bounds = {"minimum": limits.minimum, "maximum": limits.maximum, "exclusiveMinimum": limits.above}
     return schema | {name: bound for name, bound in bounds.items() if bound is not None}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Annotations as types; reading them is dear, and every unknown key asks for all."""
+    return get_type_hints(cls)
 
 
 def _keys(cls: type) -> list[Any]:

@@ -1,7 +1,5 @@
 """A recipe's section `targets`: variants of targets there are already, under names of their own."""
 
-# ruff: noqa: RUF009 - key(...) is dataclasses.field(...) with help text
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -115,6 +115,7 @@ def compile_shell(folder: Path, headers: Headers, sanitize: bool = False) -> Pat
         "MOIIE_KERNELS": str(folder.resolve()),
         "TENSORRT_INCLUDE_DIR": str(headers.path),
         "MOIIE_SANITIZE": "ON" if sanitize else "OFF",
+        **({"CMAKE_BUILD_TYPE": "None"} if sanitize else {}),  # not optimised: that takes most of the time
     }
     defined = [f"-D{name}={value}" for name, value in settings.items()]
     (target / "CMakeCache.txt").unlink(missing_ok=True)  # it may be of another checkout

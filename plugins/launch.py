@@ -118,7 +118,7 @@ class Plan:
         return known
 
 
-_MODULES: dict[str, tuple[str, str]] = {
+_FUNCTIONS: dict[str, tuple[str, str]] = {
     "expert_route": (
         "routing",
         """
@@ -135,39 +135,43 @@ _MODULES: dict[str, tuple[str, str]] = {
     ),
     "expert_decode_down": (
         "expert_decode",
-        "act=workspace.act:float32* expert_ids:int32* expert_weights:float32* down:word* down_scales:float16* out:x*"
-        " expert_mask=experts:int64 top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32",
+        """
+        act=workspace.act:float32* expert_ids:int32* expert_weights:float32* down:word* down_scales:float16* out:x*
+        expert_mask=experts:int64 top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
+        """,
     ),
     "expert_prefill_gate_up": (
         "expert_prefill",
         """
         hidden:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32* gate_up:byte*
-        gate_up_scales:float16* act=workspace.act:x* top_k:int32 hidden_size=H:int32 intermediate=I:int32
-        group_shift:int32
+        gate_up_scales:float16* act=workspace.act:x*
+        top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
     ),
     "expert_prefill_down": (
         "expert_prefill",
-        "act=workspace.act:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32*"
-        " expert_weights:float32* down:byte* down_scales:float16* partial=workspace.partial:x* hidden_size=H:int32"
-        " intermediate=I:int32 group_shift:int32",
+        """
+        act=workspace.act:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32*
+        expert_weights:float32* down:byte* down_scales:float16* partial=workspace.partial:x*
+        hidden_size=H:int32 intermediate=I:int32 group_shift:int32
+        """,
     ),
     "expert_combine": (
         "expert_prefill",
-        "partial=workspace.partial:x* expert_ids:int32* out:x* expert_mask=experts:int64 top_k:int32 hidden_size=H:int32",
+        """
+        partial=workspace.partial:x* expert_ids:int32* out:x*
+        expert_mask=experts:int64 top_k:int32 hidden_size=H:int32
+        """,
     ),
     "kv_cache_update": (
         "attention",
-        """
-        cache:x* update:x* past_lengths:int32* G:int32 S:int32 T:int32 D:int32
-        """,
+        "cache:x* update:x* past_lengths:int32* G:int32 S:int32 T:int32 D:int32",
     ),
     "decode_attention_split": (
         "attention",
         """
-        query:x* key:x* value:x* past_lengths:int32* partial=workspace.partial:float32*
-        stats=workspace.stats:float32* G:int32 T:int32 S:int32 D:int32 shared:int32 splits:int32 window:int32
-        scale:float32
+        query:x* key:x* value:x* past_lengths:int32* partial=workspace.partial:float32* stats=workspace.stats:float32*
+        G:int32 T:int32 S:int32 D:int32 shared:int32 splits:int32 window:int32 scale:float32
         """,
     ),
     "decode_attention_merge": (
@@ -176,9 +180,7 @@ _MODULES: dict[str, tuple[str, str]] = {
     ),
     "deformable_sample": (
         "deformable",
-        """
-        value:x* points:float32* weights:float32* grid_size:float32* out:x* S:int32 h:int32 D:int32 Q:int32 P:int32
-        """,
+        "value:x* points:float32* weights:float32* grid_size:float32* out:x* S:int32 h:int32 D:int32 Q:int32 P:int32",
     ),
 }
 """Function -> its module and its parameters: name, what is bound to it where that is called otherwise, type. x is the
@@ -189,7 +191,7 @@ def _arguments(function: str, dtype: str, weights: str, fixed: Mapping[str, int 
     quantized = weights in ("int8", "int4")
     types = {"x": dtype, "word": "int32" if quantized else weights, "byte": "int8" if quantized else weights}
     arguments = []
-    for word in _MODULES[function][1].split():
+    for word in _FUNCTIONS[function][1].split():
         names, kind = word.split(":")
         name, _, binding = names.partition("=")
         if name not in fixed:
@@ -210,7 +212,7 @@ def _kernel(function: str, dtype: str, weights: str = "", aligned: bool | None =
         multiples = ("hidden_size", "intermediate") if aligned else ()
     suffix = ".any" if aligned is False else ""
     name = ".".join(part for part in (function, dtype, weights) if part) + suffix
-    module = _MODULES[function][0]
+    module = _FUNCTIONS[function][0]
     return Kernel(name, module, function, _arguments(function, dtype, weights, fixed), fixed, multiples)
 
 

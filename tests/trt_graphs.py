@@ -36,7 +36,7 @@ class Lowered:
     def save(self, folder: Path) -> Path:
         """The ONNX file, its weights beside it."""
         path = folder / f"{self.context.component}.onnx"
-        ir.save(self.model, path, external_data="weights.data")
+        ir.save(self.model, path, external_data=f"{self.context.component}.data")
         return path
 
     def types(self, op_type: str, index: int) -> set[Any]:

@@ -21,7 +21,15 @@ def run_dialect(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if node.op_type.startswith("TRT_"):
             node.domain = "trt"
     model.opset_import.append(onnx.helper.make_opsetid("trt", 1))
-    ops = [GatherElements, KVCacheUpdate, NativeUpdate, NativeAttention, DecodeAttention, ExpertDispatch, QuantizedExpertDispatch]
+    ops = [
+        GatherElements,
+        KVCacheUpdate,
+        NativeUpdate,
+        NativeAttention,
+        DecodeAttention,
+        ExpertDispatch,
+        QuantizedExpertDispatch,
+    ]
     evaluator = ReferenceEvaluator(model, new_ops=ops)
     results = evaluator.run(None, dict(feeds))
     return dict(zip(evaluator.output_names, results, strict=True))
@@ -133,7 +141,9 @@ class QuantizedExpertDispatch(OpRun):  # type: ignore[misc]
     op_domain = "moiie"
 
     def _run(self, hidden: Array, ids: Array, weights: Array, *banks: Array, **kept: Any) -> tuple[Array]:
-        plain = [_plain(q, scales, kept["bits"], kept["group_size"]) for q, scales in zip(banks[:2], banks[2:], strict=True)]
+        plain = [
+            _plain(q, scales, kept["bits"], kept["group_size"]) for q, scales in zip(banks[:2], banks[2:], strict=True)
+        ]
         return (_experts(hidden, (ids, weights), *plain, list(kept["experts"])),)
 
 

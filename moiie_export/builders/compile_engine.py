@@ -76,6 +76,7 @@ def compile_engine(library: Library, job: EngineJob, progress: Callable[[int, in
     config.progress_monitor = monitor
     _write(trt, builder, (network, config), job, listener)
     monitor.reraise()
+    _check_dropped(listener.said, job)
     if cache is not None and job.timing_cache is not None:
         job.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     del parser  # holds the weights that the network refers to
@@ -91,7 +92,9 @@ def load_plugins(library: Library, path: Path) -> None:
     try:
         handle = registry.load_library(str(path))
     except Exception as error:
-        raise MissingDependency(f"{path}: cannot be loaded: {error}", "build it again with `moiie plugins build`") from error
+        raise MissingDependency(
+            f"{path}: cannot be loaded: {error}", "build it again with `moiie plugins build`"
+        ) from error
     if handle is None:
         raise MissingDependency(f"{path}: registers no plugins", "build it again with `moiie plugins build`")
 
@@ -140,11 +143,15 @@ def _parse(trt: Any, builder: Any, listener: Any, job: EngineJob) -> tuple[Any, 
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         said.errors[:0] = [f"{each.desc()} (node {each.node_name() or each.node()})" for each in found]
         raise said.refusal(f"{job.name}: TensorRT cannot parse the graph", _parse_hint(said))
+    return network, parser
+
+
+def _check_dropped(said: Said, job: EngineJob) -> None:
+    """Graphs have no inputs that nothing reads, so one that is called unused was ignored by the parser."""
     dropped = [warning for warning in said.warnings if _DROPPED in warning]
     if dropped:
         said.errors[:0] = dropped
         raise said.refusal(f"{job.name}: TensorRT would ignore an input of a node", "this is a defect of the builder")
-    return network, parser
 
 
 def _parse_hint(said: Said) -> str:
@@ -183,7 +190,9 @@ def _shapes(tensor: Any, network: Any, profile: Profile, job: EngineJob) -> list
     for axis, size in enumerate(tuple(tensor.shape)):
         name = tensor.get_dimension_name(axis) if size == -1 else ""
         if size == -1 and name not in profile.sizes:
-            raise MoiieError(f"{job.name}: input {tensor.name}: profile {profile.name} has no size for {name or axis}", None)
+            raise MoiieError(
+                f"{job.name}: input {tensor.name}: profile {profile.name} has no size for {name or axis}", None
+            )
         sizes.append(profile.sizes[name] if size == -1 else (size, size, size))
     return [tuple(size[which] for size in sizes) for which in range(3)]
 

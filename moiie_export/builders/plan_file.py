@@ -56,6 +56,12 @@ def plan_text(data: bytes) -> str:
     return "\n".join(part.decode("ascii") for part in found)
 
 
+def accelerators(text: str) -> set[tuple[int, ...]]:
+    """The lists of compute capabilities that the parts of the compiled graph are for; parts for any are left out."""
+    lists = re.findall(r"accelerators=\{([^}*]*)\}", text)
+    return {tuple(sorted(int(sm) for sm in re.findall(r"sm(\d+)", each))) for each in lists}
+
+
 def profile_bounds(text: str) -> list[tuple[int, int]]:
     """The bounds that the engine checks its dynamic dimensions against, in the order of its text."""
     return [(int(low), int(high)) for low, high in re.findall(r"is out of bounds \[(\d+), (\d+)\]", text)]

@@ -12,8 +12,9 @@ from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
 from moiie_export.builders.bank_file import FILE as BANKS_FILE
 from moiie_export.builders.bank_file import describe_banks, write_banks
 from moiie_export.builders.command_lines import command_lines
-from moiie_export.builders.compile_engine import EngineJob, compile_engine, load_plugins
+from moiie_export.builders.compile_engine import EngineJob
 from moiie_export.builders.device import device_sm
+from moiie_export.builders.engine_process import run_job
 from moiie_export.builders.engine_specs import EngineSpec, decode_experts, engine_specs
 from moiie_export.builders.floors import cuda_floor
 from moiie_export.builders.library import Library, installed_version, load_library
@@ -123,10 +124,8 @@ class _Build:
     def fill(self, directory: Path, specs: list[EngineSpec]) -> Mapping[str, Any]:
         """Write engines, banks and what belongs to them; returns the rest of engine.json."""
         target = self.request.target
-        if self.plugins is not None:
-            load_plugins(self.library, self.plugins)
-            if not target.embed_plugins:
-                copy_file(self.plugins, directory / PLUGINS_FILE)
+        if self.plugins is not None and not target.embed_plugins:
+            copy_file(self.plugins, directory / PLUGINS_FILE)
         components, contexts = {}, []
         for spec in specs:
             context, graph = self._graph(spec, directory)
@@ -182,7 +181,7 @@ class _Build:
             embed_plugins=target.embed_plugins,
             timing_cache=self._timing_cache(directory),
         )
-        compile_engine(self.library, job, lambda done, total: self.progress(stage, done, total))
+        run_job(self.library.name, job, lambda done, total: self.progress(stage, done, total))
         if not self.request.keep_graphs:
             shutil.rmtree(directory / _GRAPHS)
         if self.library.name == "tensorrt_rtx":

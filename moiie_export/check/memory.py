@@ -74,7 +74,9 @@ def predict_memory(config: ModelConfig, weights: Iterable[StoredWeight], target:
     text = config.text
     item = _BYTES[target.kv_cache if on_cpu else target.precision]
     copies = 2 if target.dialect == "trt10" and target.plugins != "required" else 1
-    cache = 2 * text.num_hidden_layers * capacity * text.num_key_value_heads * text.head_dim * item * target.batch * copies
+    cache = (
+        2 * text.num_hidden_layers * capacity * text.num_key_value_heads * text.head_dim * item * target.batch * copies
+    )
     system = _PROCESS + (_JETSON_SYSTEM if _JETSON_SMS & set(target.sms) else 0)
     work = max(_decoder_work(config, target, capacity), _vision_work(config, target))
     return DeviceMemory(**sizes, kv_cache=cache, workspace=work, system=system)

@@ -103,7 +103,11 @@ def _vision(config: ModelConfig) -> Iterator[OpUse]:
             tower_ = expert.tower
             patches = isinstance(tower_, Pix2StructConfig)
             tokens = tower_.max_patches if isinstance(tower_, Pix2StructConfig) else tower_.grid**2 + 1
-            head = tower_.d_kv if isinstance(tower_, Pix2StructConfig) else tower_.hidden_size // tower_.num_attention_heads
+            head = (
+                tower_.d_kv
+                if isinstance(tower_, Pix2StructConfig)
+                else tower_.hidden_size // tower_.num_attention_heads
+            )
             yield OpUse("encoder_attention", expert.component, (("tokens", tokens), ("head_dim", head)))
             if expert.adt is not None:
                 sizes = (("queries", config.queries), ("points", expert.adt.num_points), ("open_grid", int(patches)))

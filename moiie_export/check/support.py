@@ -22,7 +22,8 @@ PLUGIN_SMS = frozenset({80, 86, 87, 89, 90, 100, 110, 120})
 """GPUs with compiled kernels; others of the same generation run those of a lower number."""
 
 MAX_TOP_K, MAX_PLUGIN_EXPERTS, MAX_HEAD_DIM = 3840, 64, 256
-GROUPS = (32, 64, 128)
+FLOAT32_OPS = frozenset({"router", "deformable_sample"})
+"""Computed in float32 in every precision."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,21 @@ def judge(use: OpUse, target: Target) -> Row:
     """The row of an op on a target."""
     found = _lowering(use, target)
     known = DIALECT_SMS.get(target.dialect)
-    sms = tuple(sm for sm in target.sms if sm >= found.oldest and (known is None or sm in known)) if not found.refused else ()
+    sms = (
+        tuple(sm for sm in target.sms if sm >= found.oldest and (known is None or sm in known))
+        if not found.refused
+        else ()
+    )
     missing = [sm for sm in target.sms if sm not in sms]
     supported = not found.refused and not missing
     reason = found.refused or found.reason
     if missing and not found.refused:
         unknown = [sm for sm in missing if known is not None and sm not in known]
-        why = f"the library of dialect {target.dialect} builds for none of them" if unknown else f"needs SM {found.oldest}"
+        listed = ", ".join(map(str, sorted(known or ())))
+        why = f"{target.backend} builds for {listed}" if unknown else f"needs SM {found.oldest} or above"
         reason = f"not on SM {', '.join(map(str, missing))}: {why}"
-    dtype = target.precision if use.format == "plain" else use.format + (f" / {use.group_size}" if use.group_size else "")
+    plain = "float32" if use.op in FLOAT32_OPS else target.precision
+    dtype = plain if use.format == "plain" else use.format + (f" / {use.group_size}" if use.group_size else "")
     return Row(use.op, use.where, dtype, dict(use.shape), found.name, sms, supported, reason)
 
 
@@ -88,7 +95,9 @@ def _onnxruntime(use: OpUse, target: Target) -> Lowering:
         return Lowering("-", "", refused=f"ONNX Runtime has no kernels for {use.format}: use int8 or int4")
     if use.format == "plain":
         return Lowering("portable graph", "standard ONNX, computed in float32" if not target.sms else "standard ONNX")
-    return Lowering("DequantizeLinear or a fused kernel", "the portable body runs anywhere; `moiie build` makes it fast")
+    return Lowering(
+        "DequantizeLinear or a fused kernel", "the portable body runs anywhere; `moiie build` makes it fast"
+    )
 
 
 def _plain(name: str, reason: str) -> Callable[[OpUse, Target], Lowering]:
@@ -145,7 +154,9 @@ def _prefill_attention(use: OpUse, target: Target) -> Lowering:
 def _native_attention(use: OpUse) -> Lowering:
     window = use.size("window")
     if 0 < window < use.size("capacity"):
-        return Lowering("TRT_Attention, mask", f"context {use.size('capacity')} is longer than the window of {window} keys")
+        return Lowering(
+            "TRT_Attention, mask", f"context {use.size('capacity')} is longer than the window of {window} keys"
+        )
     return Lowering("TRT_Attention, lower_right", "causal, aligned to the newest key")
 
 
@@ -168,21 +179,27 @@ def _router(use: OpUse, _: Target) -> Lowering:
 
 
 def _experts(use: OpUse, target: Target) -> Lowering:
+    refused = _refused_experts(use, target)
+    if refused:
+        return Lowering("-", "", refused=refused)
     if target.plugins != "required":
-        if use.format != "plain":
-            return Lowering("-", "", refused="quantised experts need the plugin library (plugins: required)")
         name = "dense, all experts" if target.plugins == "off" else "plugin if loaded, else dense"
         return Lowering(name, "every token through every expert: right, and slow")
-    if use.size("experts") > MAX_PLUGIN_EXPERTS:
-        return Lowering("-", "", refused=f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}")
-    if use.format in ("fp8", "w8a8"):
-        return Lowering("-", "", refused=f"the plugin has no {use.format} experts: use int8 or int4")
-    lost = [sm for sm in target.sms if not any(sm // 10 == known // 10 and known <= sm for known in PLUGIN_SMS)]
-    if lost:
-        return Lowering("-", "", refused=f"the plugin library has no kernels for SM {', '.join(map(str, lost))}")
     if use.format == "plain":
         return Lowering("plugin ExpertDispatch", "reads only the experts that are routed to")
     return Lowering("plugin QuantizedExpertDispatch", "dequantises in the kernel, reads only what is routed to", 80)
+
+
+def _refused_experts(use: OpUse, target: Target) -> str:
+    """Why there is no form for these experts; empty when there is one."""
+    if target.plugins != "required":
+        return "" if use.format == "plain" else "quantised experts need the plugin library (plugins: required)"
+    if use.size("experts") > MAX_PLUGIN_EXPERTS:
+        return f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}"
+    if use.format in ("fp8", "w8a8"):
+        return f"the plugin has no {use.format} experts: use int8 or int4"
+    lost = [sm for sm in target.sms if not any(sm // 10 == known // 10 and known <= sm for known in PLUGIN_SMS)]
+    return f"the plugin library has no kernels for SM {', '.join(map(str, lost))}" if lost else ""
 
 
 _TENSORRT: Mapping[str, Callable[[OpUse, Target], Lowering]] = {

@@ -36,8 +36,12 @@ Nothing is exported or built, and neither torch nor TensorRT is loaded. Exits 3 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
 @click.argument("source", metavar="CHECKPOINT|RECIPE")
 @click.option("-t", "--target", "target_name", required=True, metavar="NAME", help="What it is to run on.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint for a recipe without one.")
-@click.option("--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint for a recipe without one."
+)
+@click.option(
+    "--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89."
+)
 @click.option(
     "--memory", callback=byte_size, metavar="SIZE", help="Memory of the device, e.g. 32GB.  [default: the target's]"
 )

@@ -36,9 +36,11 @@ class Sizes:
 
 
 def finish(model: ir.Model, context: TrtContext) -> None:
-    """Remove marks, name the graph, and declare the opsets that are used."""
+    """Drop inputs that nothing reads, remove marks, name the graph, and declare the opsets that are used."""
     lift_constants(model)
     clean(model)
+    for value in [each for each in model.graph.inputs if not each.uses()]:
+        model.graph.inputs.remove(value)
     for node in model.graph:
         node.metadata_props.pop(EXACT, None)
     model.graph.name = context.component

@@ -40,7 +40,9 @@ def _sizes(node: ir.Node, context: TrtContext) -> tuple[int, int, int]:
     cache = node.inputs[3]
     shape = None if cache is None else cache.shape
     if shape is None or not all(isinstance(shape[axis], int) for axis in (1, 2, 3)):
-        raise context.error(node, "the KV buffers have no fixed heads, capacity and head size", "export the bundle again")
+        raise context.error(
+            node, "the KV buffers have no fixed heads, capacity and head size", "export the bundle again"
+        )
     return int(shape[1]), int(shape[2]), int(shape[3])  # type: ignore[arg-type]
 
 
@@ -163,7 +165,10 @@ def _scatter(model: ir.Model, node: ir.Node, heads: int) -> list[ir.Value]:
     rows = insert(node, "Shape", [positions], name=f"{name}/rows", start=0, end=1).outputs[0]
     tokens = insert(node, "Shape", [positions], name=f"{name}/row_tokens", start=1, end=2).outputs[0]
     target = insert(node, "Concat", [rows, heads_value, tokens, one], name=f"{name}/target", axis=0).outputs[0]
-    zero, step = constant(model, "zero.int64", np.array(0, np.int64)), constant(model, "step.int64", np.array(1, np.int64))
+    zero, step = (
+        constant(model, "zero.int64", np.array(0, np.int64)),
+        constant(model, "step.int64", np.array(1, np.int64)),
+    )
     count = insert(node, "Squeeze", [rows], name=f"{name}/row_count").outputs[0]
     row = insert(node, "Range", [zero, count, step], name=f"{name}/row").outputs[0]
     parts = [

@@ -64,7 +64,8 @@ def attach_dense_body(model: ir.Model, context: TrtContext) -> None:
     """Give ExpertDispatch nodes their dense body where the plugin need not be there."""
     needed = any((node.domain, node.op_type) == (DOMAIN, "ExpertDispatch") for node in model.graph)
     if needed and context.target.plugins != "required":
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(dense_body(precision_dtype(context.target.precision))))
+        body = onnx.parser.parse_function(dense_body(precision_dtype(context.target.precision)))
+        function = ir.serde.deserialize_function(body)
         model.functions[(DOMAIN, "ExpertDispatch", "")] = function
 
 

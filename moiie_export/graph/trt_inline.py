@@ -26,7 +26,9 @@ def _body(model: ir.Model, node: ir.Node) -> ir.Function:
     if attached is not None:
         return attached
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    return ir.serde.deserialize_function(onnx.parser.parse_function(OPS[node.op_type].body(attributes, len(node.inputs))))
+    return ir.serde.deserialize_function(
+        onnx.parser.parse_function(OPS[node.op_type].body(attributes, len(node.inputs)))
+    )
 
 
 def _inline(model: ir.Model, call: ir.Node, body: ir.Function) -> None:

@@ -29,7 +29,9 @@ KEPT_INPUTS = frozenset({"grid_size", "flattened_patches"})
 _FLOAT32_OUTPUTS = ("logits", "router_logits.", "expert_weights.", "move_weights")
 """What the host reads."""
 
-_FLOAT32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceL2", "ModalityRouter", "TopKRoute", "DeformableSample"})
+_FLOAT32_OPS = frozenset(
+    {"LayerNormalization", "Softmax", "ReduceL2", "ModalityRouter", "TopKRoute", "DeformableSample"}
+)
 
 _FLOAT32_INPUTS: Mapping[tuple[str, str], tuple[int, ...]] = {
     (DOMAIN, "ExpertDispatch"): (2,),
@@ -171,9 +173,10 @@ class _Converter:
         if is_exact(node) or node.op_type in _FLOAT32_OPS or node.op_type == "Cast":
             return FLOAT
         for value in node.inputs:
-            if value is not None and self._is_float(value):
-                if is_weight(value) or (value.const_value is None and self.now[value] == self.wanted):
-                    return self.wanted
+            if value is None or not self._is_float(value):
+                continue
+            if is_weight(value) or (value.const_value is None and self.now[value] == self.wanted):
+                return self.wanted
         return FLOAT
 
     def _as(self, value: ir.Value, kind: ir.DataType, before: ir.Node) -> ir.Value:

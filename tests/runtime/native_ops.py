@@ -17,7 +17,7 @@ from moiie_runtime.native_packing import pack
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 REFUSALS = (Fail, InvalidArgument, RuntimeException)
-AMX_ROWS = 32
+AMX_ROWS = 48
 """From so many rows on, the tile unit does a product, with activations and weights in bfloat16."""
 _KINDS = {
     np.dtype("float32"): TensorProto.FLOAT,

@@ -75,7 +75,7 @@ class Engine:
         prompt = Prompt("", ids, modality, int(types.sum()), len(types))
         if images:
             picture = np.random.default_rng(_PICTURE_SEED).integers(0, 256, (384, 384, 3), np.uint8)
-            read = self._vlm.processor.from_text("<image>" * images, [picture] * images, None)
+            read = self._vlm.processor.from_text("<image>" * images + "picture", [picture] * images, None)
             prompt = replace(prompt, pictures=read.pictures, encoders=read.encoders)
         settings = {"max_new_tokens": new_tokens + 1, "do_sample": False, "eos_token_id": (), "repetition_penalty": 1.0}
         return prompt, settings

@@ -51,7 +51,7 @@ class Dispatch(TRT.IPluginV3, TRT.IPluginV3OneCore, TRT.IPluginV3OneBuild, TRT.I
         return bool(given.type == wanted[position] and given.format == TRT.TensorFormat.LINEAR)
 
     def configure_plugin(self, inputs: list[Any], _: Any) -> None:
-        SEEN["configured"] += list(inputs[3].desc.dims)[0] == len(self.experts)
+        SEEN["configured"] += next(iter(inputs[3].desc.dims)) == len(self.experts)
 
     def get_fields_to_serialize(self) -> Any:
         field = TRT.PluginField("experts", np.array(self.experts, np.int32), TRT.PluginFieldType.INT32)

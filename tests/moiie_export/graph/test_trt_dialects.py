@@ -134,7 +134,9 @@ def test_trt10_has_standard_ops_only(bundle: Path, tmp_path: Path, component: st
 def test_native_dialects_hold_native_layers(bundle: Path) -> None:
     for name in ("rtx", "server"):
         made = lowered(bundle, "decoder_decode", target(name, plugins="required"))
-        assert {"TRT_KVCacheUpdate", "TRT_Attention", "RotaryEmbedding", "RMSNormalization"} <= {k for _, k in made.ops()}
+        assert {"TRT_KVCacheUpdate", "TRT_Attention", "RotaryEmbedding", "RMSNormalization"} <= {
+            k for _, k in made.ops()
+        }
         assert {kind for domain, kind in made.ops() if domain == "moiie"} == {"ExpertDispatch"}
         assert not made.model.functions
         assert set(made.context.aliases) == {"present.0.key", "present.0.value"}

@@ -151,7 +151,7 @@ def test_sections_are_those_the_document_has_something_for() -> None:
     for name in ("model", "cases"):
         del damaged[name]
     assert headings(read(render(damaged))) == ["Verdict", "How to read this"]
-    assert len(SECTIONS) == len(ALL) + 1, "and the one about instances"
+    assert len(SECTIONS) == len(ALL) + 2, "and those about instances and quantisation"
 
 
 def test_nothing_compared_is_not_passed() -> None:

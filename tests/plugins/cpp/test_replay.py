@@ -125,12 +125,18 @@ def _missing_launch(calls: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("spoil", [_smaller_grid, _swapped_pointers, _other_number, _missing_launch])
 def test_a_wrong_launch_is_seen(spoil: Callable[[list[dict[str, Any]]], None], tmp_path: Path) -> None:
+    from triton.runtime.errors import InterpreterError
+
     example, log = EXAMPLES["decode"](), tmp_path / "log"
     arena, offsets = _filled(example, tmp_path / "arena", in_place=True)
     said = _run(example, arena, offsets, log)
     calls = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     spoil(calls)
     log.write_text("".join(json.dumps(call) + "\n" for call in calls), encoding="utf-8")
-    replay(_library(), log, arena, int(said.one("arena")))
-    with pytest.raises(AssertionError):
+
+    def judge() -> None:
+        replay(_library(), log, arena, int(said.one("arena")))
         _check(example, arena)
+
+    with pytest.raises((AssertionError, InterpreterError)):  # the second: what it computes is no number
+        judge()

@@ -1,0 +1,150 @@
+"""Each engine is built in a process of its own.
+
+TensorRT orders tables in an engine by where its objects lie in memory, so that a second build in one process has other
+bytes; in a fresh process they lie alike. What goes wrong inside the library cannot take this process with it, and its
+memory is given back before the next engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from moiie_export.builders.compile_engine import EngineJob, compile_engine, load_plugins
+from moiie_export.builders.engine_specs import Profile
+from moiie_export.builders.library import load_library
+from moiie_runtime.errors import MissingDependency, MoiieError
+
+_log = logging.getLogger(__name__)
+_OUTPUT = "engine.partial"
+_MARK = "moiie:"
+"""Begins the lines of ours; TensorRT writes to standard output too."""
+
+
+def run_job(backend: str, job: EngineJob, progress: Callable[[int, int], None]) -> None:
+    """As `load_plugins` and `compile_engine`, in another process.
+
+    Args:
+        backend: `tensorrt` or `tensorrt_rtx`.
+        job: what to build.
+        progress: called with steps done and steps in all; what it raises ends the build.
+
+    Raises:
+        MoiieError: what the other process raised, or that it was ended by a signal.
+    """
+    command = [sys.executable, "-m", "moiie_export.builders.engine_process"]
+    # Where objects lie depends on the lengths of names: every build sees the same ones.
+    local = replace(
+        job,
+        graph=Path(job.graph.name),
+        output=Path(_OUTPUT),
+        plugins=_absolute(job.plugins),
+        timing_cache=_absolute(job.timing_cache),
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    with subprocess.Popen(  # noqa: S603 - this interpreter and this module
+        command,
+        cwd=job.graph.parent,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps({"backend": backend, "job": asdict(local)}, default=str))
+                process.stdin.close()
+            outcome, tail = _listen(process, progress)
+        except BaseException:
+            process.kill()
+            raise
+    if outcome is None:
+        raise MoiieError(
+            f"{job.name}: the process that built the engine ended ({process.returncode}): {tail or 'it said nothing'}",
+            "a negative number is a signal: -9 is often the system's answer to too little memory",
+        )
+    for line in outcome["said"]:
+        _log.info("%s", line)
+    if outcome["error"] is not None:
+        kind = MissingDependency if outcome["exit_code"] == MissingDependency.exit_code else MoiieError
+        raise kind(outcome["error"], outcome["hint"])
+    (job.graph.parent / _OUTPUT).replace(job.output)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
+def _listen(
+    process: subprocess.Popen[str], progress: Callable[[int, int], None]
+) -> tuple[Mapping[str, Any] | None, str]:
+    """Report progress until the process ends; its outcome, and the last line that was not ours."""
+    outcome, tail = None, ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if not line.startswith(_MARK):
+            tail = line.strip() or tail
+            _log.debug("%s", line.rstrip())
+            continue
+        document = json.loads(line[len(_MARK) :])
+        if "done" in document:
+            progress(document["done"], document["total"])
+        else:
+            outcome = document
+    return outcome, tail[:300]
+
+
+def _read_job(document: Mapping[str, Any]) -> EngineJob:
+    fields = dict(document)
+    for name in ("graph", "output", "plugins", "timing_cache"):
+        fields[name] = None if fields[name] is None else Path(fields[name])
+    profiles = [
+        Profile(each["name"], {dim: tuple(size) for dim, size in each["sizes"].items()}) for each in fields["profiles"]
+    ]
+    return EngineJob(**{**fields, "profiles": tuple(profiles), "sms": tuple(fields["sms"])})
+
+
+def _tell(document: Mapping[str, Any]) -> None:
+    sys.stdout.write(f"{_MARK}{json.dumps(document)}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Build the job on standard input."""
+    document = json.load(sys.stdin)
+    outcome: dict[str, Any] = {"error": None, "hint": None, "exit_code": 0, "said": []}
+    logging.basicConfig(handlers=[_Keeper(outcome["said"])], level=logging.INFO)
+    try:
+        library = load_library(document["backend"])
+        job = _read_job(document["job"])
+        if job.plugins is not None:
+            load_plugins(library, job.plugins)
+        compile_engine(library, job, lambda done, total: _tell({"done": done, "total": total}))
+    except MoiieError as error:
+        outcome |= {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    _tell(outcome)
+
+
+class _Keeper(logging.Handler):
+    """Keeps what was logged, for the process that asked."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+if __name__ == "__main__":
+    main()
