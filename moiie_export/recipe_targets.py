@@ -19,7 +19,6 @@ from moiie_export.targets import (
     find_target,
 )
 from moiie_runtime.errors import MoiieError
-from moiie_runtime.memory import parse_size
 
 _COUNT = Limits(minimum=1, maximum=2**31 - 1)
 
@@ -102,6 +101,8 @@ def _made(section: TargetSection, base: Target) -> Target:
         if each.name != "like" and getattr(section, each.name) is not None
     }
     if section.memory is not None:
+        from moiie_runtime.memory import parse_size
+
         changes["memory"] = parse_size(section.memory)
     return replace(base, **changes)
 

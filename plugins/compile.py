@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -58,7 +59,7 @@ def _triton_version() -> str:
         return version("triton")
     except PackageNotFoundError:
         raise MissingDependency(
-            "compiling the TensorRT plugins' kernels needs triton, which is not installed", "pip install triton==3.9.0"
+            "compiling the TensorRT plugins' kernels needs triton, which is not installed", "pip install triton"
         ) from None
 
 
@@ -108,6 +109,16 @@ def _keep(path: Path, images: Sequence[Image]) -> None:
     partial.replace(path)
 
 
+def _result(future: Future[list[Image]], job: Job) -> list[Image]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise MoiieError(
+            f"the compiler died while it compiled kernels such as {job.kernel.name} for SM {job.sm}, {job.isa}",
+            "a PTX ISA that is older than the SM does this, and so does too little memory",
+        ) from None
+
+
 def _compile_all(
     jobs: Sequence[Job], cache: Path, salt: str, progress: Callable[[int, int, str], None] | None
 ) -> dict[Job, list[Image]]:
@@ -125,7 +136,7 @@ def _compile_all(
             try:
                 for future in as_completed(futures):
                     job = futures[future]
-                    done[job] = future.result()
+                    done[job] = _result(future, job)
                     _keep(cache / f"{_key(job, salt)}.json", done[job])
                     if progress is not None:
                         progress(len(done), len(jobs), f"{job.kernel.name} SM{job.sm}")

@@ -30,6 +30,11 @@ class Job:
     ptx_version: int
     kinds: tuple[str, ...]
 
+    @property
+    def isa(self) -> str:
+        """The PTX version in words."""
+        return f"PTX ISA {self.ptx_version // 10}.{self.ptx_version % 10}"
+
     def __hash__(self) -> int:
         return hash((self.kernel.name, self.sm, self.ptx_version, self.kinds))
 
@@ -147,16 +152,17 @@ def compile_job(job: Job) -> list[Image]:
             attributes[(place,)] = [["tt.divisibility", ALIGNMENT]]
     fixed = {(function.arg_names.index(name),): value for name, value in constants.items()}
     tile = kernel.tile(job.sm)
-    compiled = triton.compile(
-        ASTSource(function, signature, fixed, attributes),
-        target=GPUTarget("cuda", job.sm, 32),
-        options={
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "enable_fp_fusion": True,
-            "ptx_version": job.ptx_version,
-        },
-    )
+    options = {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+        "ptx_version": job.ptx_version,
+    }
+    source = ASTSource(function, signature, fixed, attributes)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=options)
+    except Exception as error:  # of Triton, of LLVM or of ptxas, each with classes of its own
+        raise MoiieError(f"kernel {kernel.name} does not compile for SM {job.sm}, {job.isa}: {error}") from None
     _check_fit(job, compiled.metadata)
     ptx = compiled.asm["ptx"]
     extra = _extra_pointers(kernel, ptx_parameters(ptx), compiled.metadata)

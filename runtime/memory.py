@@ -95,7 +95,8 @@ def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstima
     header = TensorFile(bundle.path(bundle.embed_tokens.file)).header
     prefill, decode = bundle.residency["prefill"].bytes, bundle.residency["decode"].bytes
     once = _once_bytes(bundle, request)
-    copied = bundle.dtype == "float16"
+    in_place = bundle.weights_file != bundle.embed_tokens.file  # a built form: weights as its graphs want them
+    copied = bundle.dtype == "float16" and not in_place
     activations = _decoder_activations(bundle, header, request)
     if request.images:
         activations = max(activations, _vision_activations(bundle, header))
@@ -103,15 +104,20 @@ def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstima
     positions = rows * min(request.prompt_tokens + request.new_tokens, bundle.kv_cache.capacity)
     kept = max(rows, request.batch * request.prompt_tokens if request.all_logits else 0)
     adapters = _adapter_bytes(bundle, request)
-    unpacked = _unpacked(bundle, header, request)
-    halves = sum(graph.half for graph in unpacked) if bundle.quantization else once + prefill + decode
+    unpacked = [] if in_place else _unpacked(bundle, header, request)
+    halves = sum(graph.half for graph in unpacked) if unpacked else once + prefill + decode
     mapped = request.batch == 1 and not copied  # a single float32 choice is used where it lies
     features = request.images * sum(encoder.tokens for encoder in bundle.encoders) * model.hidden_size * _FLOAT32
     return MemoryEstimate(
         # Decode uses a part of what prefill uses.
-        weights=0 if copied and not bundle.quantization else once + max(prefill, decode) + (adapters if mapped else 0),
-        copies=(int(_COPY * halves) if copied or bundle.quantization else 0) + (0 if mapped else adapters),
-        kv_cache=2 * model.num_hidden_layers * positions * model.num_key_value_heads * model.head_dim * _FLOAT32,
+        weights=0 if copied and not unpacked else once + max(prefill, decode) + (adapters if mapped else 0),
+        copies=(int(_COPY * halves) if copied or unpacked else 0) + (0 if mapped else adapters),
+        kv_cache=2
+        * model.num_hidden_layers
+        * positions
+        * model.num_key_value_heads
+        * model.head_dim
+        * _size_of_key(bundle),
         activations=activations + sum(graph.floats for graph in unpacked),
         logits=kept * model.vocab_size * _FLOAT32,
         pictures=request.picture_bytes + request.feature_bytes + features,
@@ -155,11 +161,18 @@ def parse_size(value: int | str) -> int:
 
 def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> int:
     """Attention scores and masks of one layer over the prompt, its projections, and the widest feed-forward."""
-    model, tokens = bundle.model, request.prompt_tokens
-    scores = request.batch * tokens * tokens * (model.num_attention_heads + 2)
+    model, tokens, rows = bundle.model, request.prompt_tokens, request.batch
+    if bundle.prefill_chunk is not None and tokens > bundle.prefill_chunk:
+        tokens, rows = bundle.prefill_chunk, 1  # long prompts go through in pieces, row by row
+    scores = rows * tokens * request.prompt_tokens * (model.num_attention_heads + 2)
     widest = _widest(header, bundle.residency["prefill"].weights, model.vocab_size)
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    return _FLOAT32 * (scores + request.batch * tokens * (6 * model.hidden_size + 2 * heads + 2 * widest))
+    return _FLOAT32 * (scores + rows * tokens * (6 * model.hidden_size + 2 * heads + 2 * widest))
+
+
+def _size_of_key(bundle: Bundle) -> int:
+    """Bytes of a number in the key and value buffers."""
+    return 2 if bundle.kv_cache.dtype == "float16" else _FLOAT32
 
 
 def _unpacked(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> list[Unpacking]:

@@ -121,7 +121,7 @@ class Said:
 
 
 def _listener(trt: Any) -> Any:
-    class Listener(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Listener(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.said = Said()
@@ -231,7 +231,7 @@ def _write(trt: Any, builder: Any, made: tuple[Any, Any], job: EngineJob, listen
 
 
 def _stream(trt: Any, file: Any) -> Any:
-    class Stream(trt.IStreamWriter):  # type: ignore[misc,name-defined]
+    class Stream(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
@@ -242,7 +242,7 @@ def _stream(trt: Any, file: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Reports the outermost phase; an exception stops the builder and is raised behind it."""
 
         def __init__(self) -> None:

@@ -62,14 +62,10 @@ def load_library(backend: str) -> Library:
 
 def installed_version(backend: str) -> str | None:
     """The version that would be loaded, found without loading it; None when there is none."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distributions
 
-    for name in (backend.replace("_", "-"), backend):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    names = (backend, backend.replace("_", "-"))
+    return next((found.version for found in distributions() if found.metadata["Name"] in names), None)
 
 
 def _provide_unversioned_name() -> None:

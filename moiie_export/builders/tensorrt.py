@@ -259,7 +259,8 @@ def _check_header(path: Path, library: Library, target: Target) -> None:
     version = ".".join(str(number) for number in header.version)
     if version != library.version or set(header.sms) != set(target.sms):
         raise MoiieError(
-            f"{path.name}: built as version {version} for SM {list(header.sms)}, expected {library.version} for {list(target.sms)}",
+            f"{path.name}: built as version {version} for SM {list(header.sms)}, "
+            f"expected {library.version} for SM {list(target.sms)}",
             "the format of engines has changed: use the pinned version of tensorrt-rtx",
         )
 

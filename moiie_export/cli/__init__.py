@@ -12,7 +12,20 @@ import click
 
 from moiie_export.cli.common import CONTEXT, VERBOSE_OPTION, run_guarded
 
-VERBS = ("demo", "check", "export", "build", "plugins", "run", "parity", "inspect", "upcycle", "convert", "recipe", "doctor")
+VERBS = (
+    "demo",
+    "export",
+    "run",
+    "parity",
+    "check",
+    "build",
+    "plugins",
+    "inspect",
+    "upcycle",
+    "convert",
+    "recipe",
+    "doctor",
+)
 
 EPILOG = """\b
 Examples:

@@ -56,7 +56,10 @@ def command(
     memory: int | None,
     **options: int | None,
 ) -> None:
-    """Check whether a target supports every op of a model, and whether it fits there."""
+    """Check whether a target supports a model.
+
+    Every op, on every GPU of the target, in the form its weights are stored; and whether it all fits in memory.
+    """
     from moiie_export.check.report import check_model
     from moiie_export.cli.sources import export_inputs
     from moiie_export.recipe_targets import recipe_targets

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx.parser
@@ -161,7 +162,7 @@ class _Bank:
                 for key, parts in tensors.items()
             }
             self.context.banks.append(Bank(layer, name, ids, stored))
-        attributes = {"experts": list(ids)}
+        attributes: dict[str, Any] = {"experts": list(ids)}
         if bits != PLAIN:
             if self.context.target.plugins != "required":
                 raise self.context.error(

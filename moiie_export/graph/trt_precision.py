@@ -206,11 +206,13 @@ class _Converter:
             converted: ir.TensorProtocol = ir.LazyTensor(
                 lambda: ir.Tensor(tensor.numpy().astype(_NUMPY[kind]), dtype=kind),
                 dtype=kind,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=name,
             )
         else:
             converted = ir.Tensor(tensor.numpy().astype(_NUMPY[kind]), dtype=kind, name=name)
-        made = ir.Value(name=name, shape=converted.shape, type=ir.TensorType(kind), const_value=converted)
+        made = ir.Value(
+            name=name, shape=ir.Shape(converted.shape.numpy()), type=ir.TensorType(kind), const_value=converted
+        )
         self.model.graph.register_initializer(made)
         return made

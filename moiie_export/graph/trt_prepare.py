@@ -51,7 +51,9 @@ def _resolve_cast_like(model: ir.Model) -> None:
     types = value_types(model)
     for node in list(model.graph):
         if node.op_type == "CastLike" and node.domain == "":
-            wanted = types[node.inputs[1]]  # type: ignore[index] - the op has two inputs
+            like = node.inputs[1]
+            assert like is not None  # the op has two inputs
+            wanted = types[like]
             cast = insert(node, "Cast", [node.inputs[0]], name=f"{node.name}/cast", to=wanted.value)
             replace(node.outputs[0], cast.outputs[0])
 
@@ -70,7 +72,9 @@ def _fold(model: ir.Model) -> None:
         if node.op_type == "Reshape" and 0 in arrays[1]:
             continue
         folded = ir.tensor(_FOLDED[node.op_type](node, arrays), name=f"{node.outputs[0].name}.folded")
-        made = ir.Value(name=folded.name, shape=folded.shape, type=ir.TensorType(folded.dtype), const_value=folded)
+        made = ir.Value(
+            name=folded.name, shape=ir.Shape(folded.shape.numpy()), type=ir.TensorType(folded.dtype), const_value=folded
+        )
         model.graph.register_initializer(made)
         node.outputs[0].replace_all_uses_with(made)
 

@@ -19,11 +19,12 @@ def missing(options: dict[str, Any]) -> None:
 
 
 class Engine:
-    """`sample` answers with `bytes_per_second`."""
+    """`sample` answers with `bytes_per_second`; options: `threads`, and `bytes` instead of 512 MB."""
 
     def __init__(self, path: Path, options: dict[str, Any]) -> None:
         threads = int(options["threads"])
-        self._parts = [np.ones(TOTAL // 4 // threads, np.float32) for _ in range(threads)]
+        total = int(options.get("bytes", TOTAL))
+        self._parts = [np.ones(total // 4 // threads, np.float32) for _ in range(threads)]
 
     def about(self) -> dict[str, Any]:
         """The packages used."""

@@ -15,8 +15,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <NvInferRuntime.h>
-
 #include <cstring>
 #include <deque>
 #include <iostream>
@@ -25,73 +23,10 @@
 #include <string>
 #include <vector>
 
-using namespace nvinfer1;
+#include "fakes.h"
+#include "given.h"
 
 namespace {
-
-class Logger final : public ILogger {
-    void log(Severity, AsciiChar const* message) noexcept override { std::cout << "log " << message << std::endl; }
-};
-
-class Finder final : public ILoggerFinder {
-public:
-    ILogger* findLogger() override { return &logger_; }
-
-private:
-    Logger logger_;
-};
-
-// Expressions of dimensions: numbers that TensorRT would fold.
-class Length final : public IDimensionExpr, public apiv::VDimensionExpr {
-public:
-    explicit Length(int64_t value, bool known) : value_(value), known_(known) { mImpl = this; }
-    ~Length() noexcept override = default;
-    bool isConstant() const noexcept override { return known_; }
-    int64_t getConstantValue() const noexcept override { return value_; }
-    bool isSizeTensor() const noexcept override { return false; }
-    int64_t value() const { return value_; }
-
-private:
-    int64_t value_;
-    bool known_;
-};
-
-class Lengths final : public IExprBuilder, public apiv::VExprBuilder {
-public:
-    Lengths() { mImpl = this; }
-    ~Lengths() noexcept override = default;
-    IDimensionExpr const* constant(int64_t value) noexcept override { return make(value, true); }
-    IDimensionExpr const* operation(DimensionOperation what, IDimensionExpr const& first,
-                                    IDimensionExpr const& second) noexcept override {
-        if (what != DimensionOperation::kPROD) {
-            return nullptr;
-        }
-        return make(static_cast<Length const&>(first).value() * static_cast<Length const&>(second).value(), false);
-    }
-    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override {
-        return nullptr;
-    }
-    Length const* make(int64_t value, bool known) {
-        owned_.emplace_back(value, known);
-        return &owned_.back();
-    }
-
-private:
-    std::deque<Length> owned_;
-};
-
-struct Field {
-    std::string name;
-    PluginFieldType type;
-    int32_t count;
-    std::vector<char> bytes;
-};
-
-struct Given {
-    PluginTensorDesc now;
-    Dims most;
-    size_t offset;
-};
 
 struct State {
     std::vector<IPluginCreatorV3One*> creators;
@@ -107,52 +42,6 @@ Finder finder;
 template <typename Capability>
 Capability* capability(IPluginV3& plugin, PluginCapabilityType type) {
     return static_cast<Capability*>(plugin.getCapabilityInterface(type));
-}
-
-template <typename Number>
-void read_values(std::istream& in, Field& field) {
-    for (int32_t i = 0; i < field.count; ++i) {
-        Number value;
-        in >> value;
-        auto const* const bytes = reinterpret_cast<char const*>(&value);
-        field.bytes.insert(field.bytes.end(), bytes, bytes + sizeof value);
-    }
-}
-
-void read_field(std::istream& in) {
-    Field field;
-    std::string type;
-    in >> field.name >> type >> field.count;
-    if (type == "int32") {
-        field.type = PluginFieldType::kINT32;
-        read_values<int32_t>(in, field);
-    } else if (type == "int64") {
-        field.type = PluginFieldType::kINT64;
-        read_values<int64_t>(in, field);
-    } else {
-        field.type = type == "float32" ? PluginFieldType::kFLOAT32 : PluginFieldType::kCHAR;
-        read_values<float>(in, field);
-    }
-    state.fields.push_back(field);
-}
-
-Given read_tensor(std::istream& in) {
-    Given given{};
-    int type = 0;
-    in >> type >> given.now.dims.nbDims;
-    for (int32_t i = 0; i < given.now.dims.nbDims; ++i) {
-        in >> given.now.dims.d[i];
-    }
-    in >> given.offset;
-    given.now.type = static_cast<DataType>(type);
-    given.now.format = TensorFormat::kLINEAR;
-    given.most = given.now.dims;
-    if (std::string word; in >> word && word == "max") {
-        for (int32_t i = 0; i < given.most.nbDims; ++i) {
-            in >> given.most.d[i];
-        }
-    }
-    return given;
 }
 
 std::unique_ptr<IPluginV3> create(std::string const& name, PluginFieldCollection const& fields, TensorRTPhase phase) {
@@ -395,7 +284,7 @@ bool execute(std::istream& in) {
     } else if (verb == "arena") {
         return in >> name >> number && map(name, number);
     } else if (verb == "field") {
-        read_field(in);
+        state.fields.push_back(read_field(in));
     } else if (verb == "input") {
         state.inputs.push_back(read_tensor(in));
     } else if (verb == "output") {
