@@ -47,10 +47,10 @@ def _inline(model: ir.Model, call: ir.Node, body: ir.Function) -> None:
             new.name = f"{call.name}/{old.name}"
             mapped[old] = new
         model.graph.insert_before(call, node)
-    for old, output in zip(call.outputs, body.outputs, strict=True):
-        new = mapped[output]
-        assert new is not None
-        replace(old, new)
+    for outer, output in zip(call.outputs, body.outputs, strict=True):
+        result = mapped[output]
+        assert result is not None
+        replace(outer, result)
     model.graph.remove(call, safe=True)
 
 
