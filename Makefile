@@ -26,15 +26,15 @@ test: lint ## lint, then every test that needs no GPU
 lint: setup ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/types && ln -sfn ../../runtime build/types/moiie_runtime && ln -sfn ../../recipes build/types/moiie_recipes
+	@mkdir -p build/types && ln -sfn ../../runtime build/types/moiie_runtime && ln -sfn ../../recipes build/types/moiie_recipes && ln -sfn ../../plugins build/types/moiie_plugins
 	$(BIN)/mypy
 
 fmt: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## tokens per second and memory of a bundle beside PyTorch
-	$(BIN)/python tests/bench/bench.py
+bench: setup ## speed beside other engines; tests/bench/README.md says what else can be measured
+	$(BIN)/python tests/bench/bench.py shapes $(BENCH_ARGS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

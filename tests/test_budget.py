@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-FOLDERS = ("moiie_export", "runtime", "recipes", "scripts", "tests")
+FOLDERS = ("moiie_export", "plugins", "runtime", "recipes", "scripts", "tests")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 MAX_LINES = 400
 

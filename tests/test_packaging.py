@@ -17,7 +17,12 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS = {"moiie_export": "moiie_export", "moiie_runtime": "runtime", "moiie_recipes": "recipes"}
+FOLDERS = {
+    "moiie_export": "moiie_export",
+    "moiie_plugins": "plugins",
+    "moiie_recipes": "recipes",
+    "moiie_runtime": "runtime",
+}
 
 
 def test_every_folder_of_modules_is_a_package() -> None:

@@ -46,6 +46,13 @@ def lower_experts(model: ir.Model, context: TrtContext) -> None:
     for node in list(model.graph):
         if node.domain != DOMAIN or node.op_type not in ("ExpertDispatch", "QuantizedExpertDispatch"):
             continue
+        island = next((v.name for v in node.inputs if v is not None and v.name in context.islands), None)
+        if island is not None:
+            raise context.error(
+                node,
+                f"expert weight {island} is an island, and experts compute in {context.target.precision}",
+                "build for a target with precision: bfloat16, whose range is that of float32, and export without the island",
+            )
         layer = _layer(node, context)
         reachable = context.decode_experts.get(layer, ())
         banks: dict[tuple[str, int, int], list[_Expert]] = {}

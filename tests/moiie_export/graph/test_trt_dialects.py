@@ -188,7 +188,12 @@ def test_islands_keep_what_flows_through_them_in_float32(bundle: Path) -> None:
     assert len(norms) == 1
 
 
-def test_points_of_deformable_samples_are_never_half(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_island_among_experts_is_refused(bundle: Path) -> None:
+    with pytest.raises(MoiieError, match="is an island, and experts compute in float16"):
+        lowered(bundle, "decoder_decode", target("rtx"), ("decoder.layers.0.mlp.experts.2.down_proj",))
+
+
+def test_points_of_deformable_samples_are_never_half() -> None:
     mome = exported_mome(640).bundle
     for name in ("rtx", "orin"):
         made = lowered(mome, "vision_dino", target(name))
