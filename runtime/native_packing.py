@@ -8,6 +8,7 @@ front to back: blocks of 32 rows, and in each its groups of columns with their s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from moiie_runtime.errors import MoiieError
 
 BLOCK_ROWS = 32
+_Number = TypeVar("_Number", np.int8, np.float16)
 _STRIP = 32  # columns that share the scale of an activation
 _SCALE_BYTES = 2 * BLOCK_ROWS
 _CHUNK_BYTES = 4 << 20  # of stored weights, done at a time
@@ -110,7 +112,7 @@ def _words(stored: NDArray[np.int8], bits: int) -> NDArray[np.uint32]:
     return words
 
 
-def _rows(matrix: NDArray[np.generic], first: int, last: int, swiglu: bool) -> NDArray[np.generic]:
+def _rows(matrix: NDArray[_Number], first: int, last: int, swiglu: bool) -> NDArray[_Number]:
     """Rows of blocks first .. last - 1 as [blocks, 32, columns]; rows past the end are zero."""
     if not swiglu:
         return _padded(matrix, first * BLOCK_ROWS, last * BLOCK_ROWS).reshape(last - first, BLOCK_ROWS, -1)
@@ -121,7 +123,7 @@ def _rows(matrix: NDArray[np.generic], first: int, last: int, swiglu: bool) -> N
     )
 
 
-def _padded(matrix: NDArray[np.generic], first: int, last: int) -> NDArray[np.generic]:
+def _padded(matrix: NDArray[_Number], first: int, last: int) -> NDArray[_Number]:
     missing = last - matrix.shape[0]
     rows = matrix[first:last]
     return rows if missing <= 0 else np.pad(rows, ((0, missing), (0, 0)))

@@ -15,6 +15,7 @@ from moiie_export.builders.cpu_weights import WEIGHTS_FILE, weights_specs, write
 from moiie_export.builders.output import describe, finished, write_output
 from moiie_export.graph.cpu_attention import Heads
 from moiie_export.graph.cpu_passes import CpuSettings, Lowered, lower, point_at
+from moiie_export.graph.rewriting import fixed_sizes
 from moiie_export.stages import Progress
 from moiie_runtime import native
 from moiie_runtime.bundle import Bundle
@@ -103,7 +104,10 @@ def _external(info: TensorInfo, models: Mapping[str, ir.Model]) -> ir.ExternalTe
         model.graph.initializers[info.name] for model in models.values() if info.name in model.graph.initializers
     )
     assert known.const_value is not None
-    shape = info.shape if info.dtype == "U8" else known.const_value.shape
+    tensor = known.const_value
+    shape = info.shape
+    if isinstance(tensor, ir.ExternalTensor) and info.dtype != "U8":
+        shape = fixed_sizes(tensor.shape)
     dtype = known.const_value.dtype
     return ir.ExternalTensor(
         WEIGHTS_FILE,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from moiie_export.graph.cpu_native import PackedWeight
 from moiie_export.graph.cpu_passes import Lowered
+from moiie_export.graph.rewriting import fixed_sizes
 from moiie_export.quantize.packing import SCALES
 from moiie_export.stages import Progress
 from moiie_export.weights_file import WeightsFile
@@ -136,5 +137,5 @@ def _as(part: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.generic]:
 
 
 def _stored_shape(tensor: ir.ExternalTensor) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in tensor.shape)
+    shape = fixed_sizes(tensor.shape)
     return (*shape[:-1], shape[-1] // 2) if tensor.dtype == ir.DataType.INT4 else shape

@@ -14,7 +14,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from moiie_export.graph.evaluate import evaluate
-from moiie_export.graph.rewriting import CONTRIB, constant, insert, only_consumer, origin, producer, replace
+from moiie_export.graph.rewriting import (
+    CONTRIB,
+    constant,
+    fixed_sizes,
+    insert,
+    only_consumer,
+    origin,
+    producer,
+    replace,
+)
 
 _HEAD_STEP = 16
 """Head sizes that both take are multiples of this; for others CachedAttention stays."""
@@ -100,11 +109,11 @@ def _shared(model: ir.Model, tables: tuple[ir.Value, ir.Value], inputs: Mapping[
 
 def _tables(model: ir.Model, rotary: ir.Node, inputs: Mapping[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines of every position, [capacity, head size / 2], by the graph's own computation of them."""
-    capacity = int(inputs["past_key_values.0.key"].shape[2])  # type: ignore[index, arg-type] - set by the exporter
-    hidden = inputs["inputs_embeds"].shape[2]  # type: ignore[index] - set by the exporter
+    capacity = fixed_sizes(inputs["past_key_values.0.key"].shape)[1]  # behind the batch, which has a name
+    hidden = fixed_sizes(inputs["inputs_embeds"].shape)[-1]
     feeds: Mapping[str, npt.NDArray[np.generic]] = {
         "past_lengths": np.arange(capacity, dtype=np.int64),
-        "inputs_embeds": np.zeros((capacity, 1, int(hidden)), np.float32),  # type: ignore[arg-type] - a fixed size
+        "inputs_embeds": np.zeros((capacity, 1, hidden), np.float32),
     }
     values = [value for value in rotary.inputs[1:3] if value is not None]
     cosines, sines = (table.reshape(capacity, -1) for table in evaluate(model, values, feeds))

@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from moiie_export.graph.cpu_native import BITS, PackedWeight, Plan
 from moiie_export.graph.passes import attach_bodies
-from moiie_export.graph.rewriting import CONTRIB, initializer_for_later, insert, producer, replace
+from moiie_export.graph.rewriting import CONTRIB, fixed_sizes, initializer_for_later, insert, producer, replace
 from moiie_export.ops import DOMAIN
 
 _INT8_ACTIVATIONS = 4
@@ -44,7 +44,7 @@ def _rewrite(model: ir.Model, node: ir.Node, product: tuple[ir.Node, ir.Value, i
     stored, stored_scales = values.const_value, scales.const_value
     assert isinstance(stored, ir.ExternalTensor)
     assert isinstance(stored_scales, ir.ExternalTensor)
-    rows, columns = (int(size) for size in stored.shape)
+    rows, columns = fixed_sizes(stored.shape)
     bits = BITS[stored.dtype]
     group = dequantize.attributes["block_size"].as_int()
     weight = PackedWeight(str(values.name), stored, stored_scales, rows, columns, bits, group, None)

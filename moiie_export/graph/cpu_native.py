@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from moiie_export.graph.cpu_attention import KERNELS
-from moiie_export.graph.rewriting import initializer_for_later, insert, only_consumer, origin, producer, replace
+from moiie_export.graph.rewriting import (
+    fixed_sizes,
+    initializer_for_later,
+    insert,
+    only_consumer,
+    origin,
+    producer,
+    replace,
+)
 from moiie_export.ops import DOMAIN
 from moiie_export.ops.quantized_expert_dispatch import KINDS, PLAIN_BITS
 
@@ -193,11 +201,11 @@ def _packed(
     values, scales = stored
     assert values is not None
     assert scales is not None
-    tensors = values.const_value, scales.const_value
-    assert isinstance(tensors[0], ir.ExternalTensor)
-    assert isinstance(tensors[1], ir.ExternalTensor)
-    rows, columns = (int(size) for size in tensors[0].shape)
-    weight = PackedWeight(str(values.name), *tensors, rows, columns, form[0], form[1], paired)
+    stored_values, stored_scales = values.const_value, scales.const_value
+    assert isinstance(stored_values, ir.ExternalTensor)
+    assert isinstance(stored_scales, ir.ExternalTensor)
+    rows, columns = fixed_sizes(stored_values.shape)
+    weight = PackedWeight(str(values.name), stored_values, stored_scales, rows, columns, form[0], form[1], paired)
     if plan.setdefault(weight.name, weight) != weight:
         raise ValueError(f"{weight.name} is wanted in two forms")  # a graph of ours never does that
     return initializer_for_later(model, weight.name, ir.DataType.UINT8)

@@ -12,7 +12,7 @@ from moiie_export.graph.cpu_contrib import lower_to_contrib
 from moiie_export.graph.cpu_native import Plan, fuse_routing, lower_to_kernels
 from moiie_export.graph.cpu_norms import fuse_norms
 from moiie_export.graph.passes import attach_bodies
-from moiie_export.graph.rewriting import CONTRIB, clean, initializer_for_later, is_for_later, replace
+from moiie_export.graph.rewriting import CONTRIB, clean, fixed_sizes, initializer_for_later, is_for_later, replace
 from moiie_runtime.errors import MoiieError
 
 _VERSION = 1
@@ -100,7 +100,7 @@ def _widen(model: ir.Model, plain: dict[str, ir.ExternalTensor]) -> None:
             continue
         name = str(stored.name)
         stored.name = f"{name}.float16"
-        wide = initializer_for_later(model, name, ir.DataType.FLOAT, [int(size) for size in tensor.shape])
+        wide = initializer_for_later(model, name, ir.DataType.FLOAT, fixed_sizes(tensor.shape))
         replace(node.outputs[0], wide)
         plain[name] = tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -49,7 +50,8 @@ def insert(before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **o
     if name is not None:
         for index, output in enumerate(node.outputs):
             output.name = name if index == 0 else f"{name}.{index}"
-    before.graph.insert_before(before, node)  # type: ignore[union-attr] - a node of a graph
+    assert before.graph is not None
+    before.graph.insert_before(before, node)
     return node
 
 
@@ -59,9 +61,16 @@ def constant(model: ir.Model, name: str, array: Any) -> ir.Value:
     if known is not None:
         return known
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    shape = ir.Shape(np.asarray(array).shape)
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
+
+
+def fixed_sizes(shape: ir.Shape | None) -> tuple[int, ...]:
+    """A shape without named dimensions."""
+    assert shape is not None
+    return tuple(size for size in shape if isinstance(size, int))
 
 
 def initializer_for_later(model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[int] = ()) -> ir.Value:
