@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from moiie_export.checkpoint_bin import BinFile
 from moiie_export.checkpoint_files import CONFIG, CONFIG_LIMIT, MERGE, TRAIN, WeightFiles, locate
+from moiie_runtime.cores import available_cores
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import quote, read_json_object, sha256_file
 from moiie_runtime.tensors import TensorFile, TensorInfo
@@ -121,7 +123,10 @@ class Checkpoint:
         names = [CONFIG, *self._files.shards]
         if self._files.index is not None:
             names.append(self._files.index)
-        return {name: sha256_file(self.path / name) for name in sorted(names)}
+        with ThreadPoolExecutor(available_cores()) as pool:
+            return dict(
+                zip(sorted(names), pool.map(lambda name: sha256_file(self.path / name), sorted(names)), strict=True)
+            )
 
     def close(self) -> None:
         """Unmap the files. Closing twice is allowed."""

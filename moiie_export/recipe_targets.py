@@ -15,7 +15,6 @@ from moiie_export.targets import (
     Precision,
     Residency,
     Target,
-    VisionMode,
     find_target,
 )
 from moiie_runtime.errors import MoiieError
@@ -43,7 +42,6 @@ class TargetSection:
     threads: int | None = key("Threads on a CPU.", None, limits=_COUNT)
     kv_cache: KvDtype | None = key("Storage of keys and values on a CPU.", None)
     prefill_chunk: int | None = key("Tokens of a prompt that a CPU takes at once.", None, limits=_COUNT)
-    vision: VisionMode | None = key("Arithmetic of the vision encoder on a CPU.", None)
 
 
 def recipe_targets(sections: Sequence[TargetSection]) -> dict[str, Target]:

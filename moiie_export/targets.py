@@ -16,7 +16,6 @@ Residency = Literal["resident", "after_prefill"]
 Plugins = Literal["required", "optional", "off"]
 Banks = Literal["inputs", "constants"]
 KvDtype = Literal["float32", "float16"]
-VisionMode = Literal["auto", "float32", "int8"]
 
 GB = 10**9
 """What vendors call a gigabyte; an 8 GB module shows about that many bytes to programs."""
@@ -46,7 +45,6 @@ class Target:
         threads: of a CPU; None: as many as there are cores.
         kv_cache: storage of keys and values on a CPU; TensorRT stores them in `precision`.
         prefill_chunk: tokens of a prompt that a CPU takes at once; None: all.
-        vision: arithmetic of the vision encoder on a CPU; `auto`: what is as exact as the bundle.
     """
 
     name: str
@@ -66,7 +64,6 @@ class Target:
     threads: int | None = None
     kv_cache: KvDtype = "float32"
     prefill_chunk: int | None = None
-    vision: VisionMode = "auto"
 
 
 def _jetson(name: str, about: str, sm: int, memory: int) -> Target:

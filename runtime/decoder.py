@@ -185,12 +185,15 @@ class Decoder:
                 del self._bound[component]
 
     def release_prefill_weights(self) -> int:
-        """Give back the mapped pages of weights that decode does not use; see `release_pages`."""
+        """Give back the mapped pages of all weights, after a prefill; see `release_pages`.
+
+        Decode takes back those that it reads, from the page cache: what stays away is what only the prefill and the
+        vision encoder use, and the prefill graph's own mapping of what both use.
+        """
         phases = self._bundle.residency
         used = {weight for phase in self._bundle.phases.values() for weight in phases[phase].weights}
-        unused = used - {*phases["decode"].weights}
         with self._sessions.lock:  # not while a graph runs: its pages would be read twice
-            return release_pages(self._phase_weights.path, weight_views(self._phase_weights.header, sorted(unused)))
+            return release_pages(self._phase_weights.path, weight_views(self._phase_weights.header, sorted(used)))
 
     def close(self) -> None:
         """Close all sessions. Closing twice is allowed."""

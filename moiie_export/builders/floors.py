@@ -1,11 +1,11 @@
-"""The oldest CUDA and driver that an engine's library runs on, as NVIDIA states them for each CUDA release."""
+"""The oldest CUDA and driver with which an engine's library is expected to run, by the CUDA release it was made for."""
 
 from __future__ import annotations
 
 from importlib.metadata import distributions
 
 _FLOORS = {12: {"cuda": "12.0", "driver": "525.60.13"}, 13: {"cuda": "13.0", "driver": "580.65.06"}}
-"""CUDA release of the library -> floors on Linux (CUDA toolkit release notes, minor-version compatibility)."""
+"""CUDA release of the library -> floors on Linux, by minor-version compatibility; not tried with drivers that old."""
 
 
 def cuda_floor(library: str) -> dict[str, str] | None:

@@ -12,9 +12,9 @@ from moiie_export.targets import Target
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _PROCESS = 600 * 2**20
-"""CUDA context, TensorRT and the interpreter; of the order that NVIDIA's own samples show."""
+"""CUDA context, TensorRT and the interpreter: an assumption on the high side, not measured."""
 _JETSON_SYSTEM = 1200 * 2**20
-"""What the system itself takes of a memory that CPU and GPU share."""
+"""What the system itself is assumed to take of a memory that CPU and GPU share."""
 _JETSON_SMS = frozenset({87, 110})
 
 

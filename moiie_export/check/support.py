@@ -1,6 +1,7 @@
-"""op x target -> how it is computed, on which GPUs, or why it is not. The facts are from builds with each library.
+"""op x target -> how it is computed, on which GPUs, or why it is not.
 
-What TensorRT 10.x and 11.x themselves take is from NVIDIA's documents: engines for them are built on the device.
+What TensorRT for RTX takes was found by building with it. For TensorRT 10 and 11 nothing was built here: their rows say what
+we expect, and the build on the device decides.
 """
 
 from __future__ import annotations

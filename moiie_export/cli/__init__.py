@@ -17,13 +17,13 @@ VERBS = (
     "export",
     "run",
     "parity",
-    "check",
     "build",
-    "plugins",
+    "check",
     "inspect",
     "upcycle",
     "convert",
     "recipe",
+    "plugins",
     "doctor",
 )
 

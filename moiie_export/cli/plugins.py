@@ -29,7 +29,7 @@ Build on the device itself where its driver is older than Triton's compiler (Jet
 @click.group(context_settings=CONTEXT, epilog=EPILOG)
 @VERBOSE_OPTION
 def command() -> None:
-    """Build the TensorRT plugins that engines of mixture-of-experts models need."""
+    """Build the TensorRT plugins that engines with experts need."""
 
 
 def _sm_list(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:

@@ -1,6 +1,6 @@
 """What a graph for TensorRT may hold: ops by dialect, and the attributes of each, which parsers ignore when unknown.
 
-The list of trt10 follows NVIDIA's operator table of TensorRT 10.3. No graph here was ever parsed by 10.3 itself.
+The list of trt10 is a narrow one, of ops that TensorRT 10 is known to take; it was never parsed by 10.3 here.
 """
 
 from __future__ import annotations

@@ -118,12 +118,12 @@ def _about_bundle(bundle: Path, target: str) -> dict[str, Any]:
 
 def _report(name: str, result: dict[str, Any], options: Namespace) -> None:
     engines = result["engines"]
-    rows = [
+    rows = [  # llama-bench is a process of its own for each sample: the memory of the one that starts it says nothing
         [
             engine,
             row["prefill_rate"],
             row["decode_rate"],
-            (row["memory"]["anon"] + row["memory"]["file"]) / 1e6,
+            None if engine.startswith("llama.cpp") else (row["memory"]["anon"] + row["memory"]["file"]) / 1e6,
             row["kept"],
         ]
         for engine, row in engines.items()

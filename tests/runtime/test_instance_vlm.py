@@ -76,7 +76,7 @@ def test_weights_of_router_and_encoders_go_after_the_prefill(vlm, graphs, monkey
     assert "decoder_decode" not in runs
 
 
-def test_what_goes_is_everything_that_decode_does_not_use(tmp_path, monkeypatch):
+def test_all_pages_go_and_decode_takes_back_what_it_reads(tmp_path, monkeypatch):
     data = made.manifest()
     names = {"router": ["r"], "vision_clip": ["c", "d"], "prefill": ["p", "d"], "decode": ["d", "mole.0.scale"]}
     for phase, weights in names.items():
@@ -85,7 +85,7 @@ def test_what_goes_is_everything_that_decode_does_not_use(tmp_path, monkeypatch)
     monkeypatch.setattr("moiie_runtime.decoder.weight_views", lambda header, names: seen.extend(names) or [])
     with made.load(made.write(tmp_path / "bundle", data), made.Graphs()) as model:
         model.generate(PICTURED)
-    assert seen == ["c", "p", "r"]
+    assert seen == ["c", "d", "mole.0.scale", "p", "r"]
 
 
 def test_another_question_on_the_picture_runs_no_encoder(vlm, graphs):
