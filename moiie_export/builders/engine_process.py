@@ -8,6 +8,7 @@ memory is given back before the next engine.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -25,6 +26,18 @@ from moiie_runtime.errors import MissingDependency, MoiieError
 
 _log = logging.getLogger(__name__)
 _OUTPUT = "engine.partial"
+_KEPT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "CUDA_VISIBLE_DEVICES",
+    "TENSORRT_LIBRARY_DIR",
+)
+"""Of the environment; the rest would only shift where objects lie."""
+_ADDR_NO_RANDOMIZE, _ASK = 0x0040000, 0xFFFFFFFF
 _MARK = "moiie:"
 """Begins the lines of ours; TensorRT writes to standard output too."""
 
@@ -40,7 +53,8 @@ def run_job(backend: str, job: EngineJob, progress: Callable[[int, int], None]) 
     Raises:
         MoiieError: what the other process raised, or that it was ended by a signal.
     """
-    command = [sys.executable, "-m", "moiie_export.builders.engine_process"]
+    # Not -m, which puts the working directory's whole name on the path of modules.
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
     # Where objects lie depends on the lengths of names: every build sees the same ones.
     local = replace(
         job,
@@ -49,7 +63,7 @@ def run_job(backend: str, job: EngineJob, progress: Callable[[int, int], None]) 
         plugins=_absolute(job.plugins),
         timing_cache=_absolute(job.timing_cache),
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    environment = {name: value for name, value in os.environ.items() if name in _KEPT} | {"PYTHONHASHSEED": "0"}
     with subprocess.Popen(  # noqa: S603 - this interpreter and this module
         command,
         cwd=job.graph.parent,
@@ -119,8 +133,20 @@ def _tell(document: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def _fix_addresses() -> None:
+    """On Linux: start this program again with its memory laid out alike every time; elsewhere nothing."""
+    if not sys.platform.startswith("linux"):
+        return
+    personality = ctypes.CDLL(None).personality
+    personality.argtypes = [ctypes.c_ulong]
+    now = personality(_ASK)
+    if now >= 0 and not now & _ADDR_NO_RANDOMIZE and personality(now | _ADDR_NO_RANDOMIZE) >= 0:
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this interpreter and this module
+
+
 def main() -> None:
     """Build the job on standard input."""
+    _fix_addresses()
     document = json.load(sys.stdin)
     outcome: dict[str, Any] = {"error": None, "hint": None, "exit_code": 0, "said": []}
     logging.basicConfig(handlers=[_Keeper(outcome["said"])], level=logging.INFO)
@@ -144,7 +170,3 @@ class _Keeper(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
-
-
-if __name__ == "__main__":
-    main()
