@@ -20,7 +20,7 @@ PORTABLE = "portable"
 DEFAULT_TARGET = "cpu"
 """Runs where nothing else is asked for and the bundle was built for it."""
 KERNELS = "moiie.cpu"
-"""In `needs`: our own CPU kernels, and the version of their weights' layout."""
+"""Domain of our own CPU kernels; in `needs` with the version of their weights' layout."""
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ def plan_cpu(request: BuildRequest) -> BuildPlan:
     """What a build would do; nothing is written."""
     bundle = Bundle.open(request.bundle)
     bundle.check_files()
-    cached = not request.force and finished(request, _head(request, bundle)) is not None
-    return BuildPlan(cached, _PEAK, _bytes(_lowered(request, bundle)[1]))
+    done = None if request.force else finished(request, _head(request, bundle))
+    if done is not None:  # its graphs need not be rewritten to know the size
+        return BuildPlan(True, _PEAK, done.files[WEIGHTS_FILE]["bytes"])
+    return BuildPlan(False, _PEAK, _bytes(_lowered(request, bundle)[1]))
 
 
 def _head(request: BuildRequest, bundle: Bundle) -> dict[str, Any]:

@@ -24,11 +24,10 @@ from moiie_export.graph.rewriting import (
     producer,
     replace,
 )
+from moiie_runtime.engines import KERNELS
 
 _HEAD_STEP = 16
 """Head sizes that both take are multiples of this; for others CachedAttention stays."""
-KERNELS = "moiie.cpu"
-"""Domain of our kernels."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from moiie_export.graph.cpu_attention import KERNELS
 from moiie_export.graph.rewriting import (
     fixed_sizes,
     initializer_for_later,
@@ -19,6 +18,7 @@ from moiie_export.graph.rewriting import (
 )
 from moiie_export.ops import DOMAIN
 from moiie_export.ops.quantized_expert_dispatch import KINDS, PLAIN_BITS
+from moiie_runtime.engines import KERNELS
 
 BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 """Bits of the types in which weights are stored."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from moiie_export.graph.cpu_attention import KERNELS, Heads, fuse_attention
+from moiie_export.graph.cpu_attention import Heads, fuse_attention
 from moiie_export.graph.cpu_contrib import lower_to_contrib
 from moiie_export.graph.cpu_native import Plan, fuse_routing, lower_to_kernels
 from moiie_export.graph.cpu_norms import fuse_norms
 from moiie_export.graph.passes import attach_bodies
 from moiie_export.graph.rewriting import CONTRIB, clean, fixed_sizes, initializer_for_later, is_for_later, replace
+from moiie_runtime.engines import KERNELS
 from moiie_runtime.errors import MoiieError
 
 _VERSION = 1

@@ -18,7 +18,7 @@ from moiie_export.builders import BuildRequest, BuildResult, build, cpu, plan
 from moiie_export.targets import Target, find_target
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.tensors import TensorFile
-from tests.exports import exported
+from tests.exports import SMALLEST, exported
 
 MODEL = {
     "hidden": 64,
@@ -187,44 +187,31 @@ def test_a_plan_knows_the_size(bundle: Path) -> None:
     assert planned.disk_bytes == built(bundle).files["weights.safetensors"]["bytes"]
 
 
-def test_a_float_bundle_is_built_too() -> None:
-    portable_bundle = exported({**MODEL, "layers": 1, "moe_layers": "all"}, "float16", max_context=256).bundle
-    with _copied(portable_bundle) as copy:
-        path = built(copy).path
-        with TensorFile(path / "weights.safetensors") as file:
-            assert {info.dtype for info in file.header.values()} == {"F32"}  # mapped as they are, instead of copies
-        wanted = answer(copy, "portable")
-        assert error(answer(copy, "cpu"), wanted) < 1e-5
-        built(copy, prefill_chunk=5)
-        assert error(answer(copy, "cpu"), wanted) < 1e-5
+def test_a_float_bundle_is_built_too(tmp_path: Path) -> None:
+    settings = {**MODEL, "layers": 1, "moe_layers": "all"}
+    copy = _copied(exported(settings, "float16", max_context=256).bundle, tmp_path)
+    path = built(copy).path
+    with TensorFile(path / "weights.safetensors") as file:
+        assert {info.dtype for info in file.header.values()} == {"F32"}  # mapped as they are, instead of copies
+    wanted = answer(copy, "portable")
+    assert error(answer(copy, "cpu"), wanted) < 1e-5
+    built(copy, prefill_chunk=5)
+    assert error(answer(copy, "cpu"), wanted) < 1e-5
 
 
-class _copied:  # noqa: N801 - used like a function
-    def __init__(self, source: Path) -> None:
-        self._source = source
-
-    def __enter__(self) -> Path:
-        import tempfile
-
-        self._folder = Path(tempfile.mkdtemp())
-        shutil.copytree(self._source, self._folder / "bundle")
-        return self._folder / "bundle"
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder)
+def _copied(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder / "bundle"))
 
 
-def test_half_precision_keys_need_heads_that_attention_takes() -> None:
-    small = exported({"layers": 1, "moe_layers": "all", "vocab": 288}).bundle  # heads of 8
-    with _copied(small) as copy, pytest.raises(MoiieError, match="multiple of 16, this model has 8"):
-        built(copy, kv_cache="float16")
+def test_half_precision_keys_need_heads_that_attention_takes(tmp_path: Path) -> None:
+    small = _copied(exported(SMALLEST).bundle, tmp_path)  # heads of 8
+    with pytest.raises(MoiieError, match="multiple of 16, this model has 8"):
+        built(small, kv_cache="float16")
 
 
-def test_small_heads_keep_the_portable_attention() -> None:
-    small = exported({"layers": 1, "moe_layers": "all", "vocab": 288}).bundle
-    with _copied(small) as copy:
-        path = built(copy).path
-        assert ("moiie", "CachedAttention") in nodes(path / "decoder_decode.onnx")
+def test_small_heads_keep_the_portable_attention(tmp_path: Path) -> None:
+    path = built(_copied(exported(SMALLEST).bundle, tmp_path)).path
+    assert ("moiie", "CachedAttention") in nodes(path / "decoder_decode.onnx")
 
 
 def test_another_export_makes_it_stale(bundle: Path) -> None:
