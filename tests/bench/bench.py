@@ -3,6 +3,7 @@
 python tests/bench/bench.py shapes [--shapes dense moe]     beside llama.cpp, onnxruntime-genai and PyTorch
 python tests/bench/bench.py growth [--kinds context experts] how time grows
 python tests/bench/bench.py full [--model phi3|llama3]       export and run of a full-size model
+python tests/bench/bench.py vision                           the vision tower in float32 and in int8
 python tests/bench/bench.py mome                             what routing once a request buys a MoME
 """
 
@@ -24,10 +25,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = top.add_subparsers(dest="verb", required=True)
-    shapes, growth, full, mome = (verbs.add_parser(name) for name in ("shapes", "growth", "full", "mome"))
-    for verb in (shapes, growth, full, mome):
+    names = ("shapes", "growth", "full", "vision", "mome")
+    shapes, growth, full, vision, mome = (verbs.add_parser(name) for name in names)
+    for verb in (shapes, growth, full, vision, mome):
         verb.add_argument("--keep", type=Path, help=f"append the result to this JSON-lines file, e.g. in {RESULTS}")
-    for verb in (shapes, growth, full):
+    for verb in (shapes, growth, full, vision):
         verb.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="where models and bundles go")
         verb.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every engine")
         verb.add_argument("--target", default="cpu", help="run what `moiie build` makes for it; or `portable`")
@@ -68,6 +70,8 @@ def main() -> None:
         from tests.bench import shapes as benchmark  # type: ignore[no-redef]
     elif options.verb == "growth":
         from tests.bench import growth as benchmark  # type: ignore[no-redef]
+    elif options.verb == "vision":
+        from tests.bench import vision as benchmark  # type: ignore[no-redef]
     else:
         from tests.bench import full as benchmark  # type: ignore[no-redef]
     benchmark.run(options)

@@ -19,7 +19,7 @@ from tests.bench.rounds import Rounds, interleave, summarise, with_rates
 from tests.bench.workers import EngineSpec, Worker
 
 STEPS = ("write", "export", "compare", "build", "run")
-_TOWER = (1152, 4304, 27, 16, 384, 14)
+TOWER = (1152, 4304, 27, 16, 384, 14)
 MODELS: dict[str, dict[str, Any]] = {
     "phi3": {
         "backbone": "phi3",
@@ -69,7 +69,7 @@ def run(options: Namespace) -> None:
 def sizes(options: Namespace) -> dict[str, Any]:
     """Arguments of `write_checkpoint`."""
     model = dict(MODELS[options.model])
-    layers, tower = model["layers"], _TOWER
+    layers, tower = model["layers"], TOWER
     if options.quick:
         model |= {"hidden": 256, "intermediate": 512, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 1024}
         return {**model, "variant": "moiie", "tower": (64, 128, 3, 4, 56, 14), "shard_bytes": 8 << 20}

@@ -18,7 +18,7 @@ from moiie_runtime.strict_files import sha256_file
 from tests.exports import SMALLEST, small_recipe
 from tests.synthetic import write_checkpoint
 
-KILLS = 20
+KILLS = 12
 # A server process imports these once; every export is a fork of it, so that kills hit the export and not the imports.
 PRELOADED = [
     "moiie_export.pipeline",

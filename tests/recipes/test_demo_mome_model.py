@@ -24,7 +24,7 @@ from moiie_runtime.generate import Generation
 from moiie_runtime.vlm import VLM, load
 
 CHECKPOINT = shipped_checkpoint(MOME)
-ITEMS = MOME.held_out(60, 0)
+ITEMS = MOME.held_out(40, 0)
 
 
 @pytest.fixture(scope="module")
