@@ -140,10 +140,12 @@ class Decoder:
                 instances[row] = replace(instance, contributions=pictures.contributions)
             modality[row, : prompt.length] = prompt.token_modality
         if self._adapters is not None:
-            self.release(cache)  # a cache that was used before is bound with the adapters of that time
+            self._unbind(cache)  # a cache that was used before is bound with the adapters of that time
             cache.constants = self._adapters.inputs([instance.mole_index for instance in instances])
         feeds = {"inputs_embeds": embeds, "token_modality": modality}
-        if longest <= (self._bundle.prefill_chunk or longest):
+        if cache.static:
+            result = self._in_pieces(feeds, lengths, cache, _Wanted(all_logits, routing))
+        elif longest <= (self._bundle.prefill_chunk or longest):
             kept = np.tile(np.arange(longest), (batch, 1)) if all_logits else lengths[:, None] - 1
             result = self._run(
                 "decoder_prefill",
@@ -155,6 +157,9 @@ class Decoder:
         else:
             result = self._in_chunks(feeds, lengths, cache, _Wanted(all_logits, routing))
         cache.lengths[:batch] = lengths
+        self._sessions.end_prefill()
+        opened = self._sessions.opened  # what was closed is bound to nothing
+        self._bound = {component: bound for component, bound in self._bound.items() if component in opened}
         return replace(result, instances=tuple(instances))
 
     def decode(
@@ -180,9 +185,8 @@ class Decoder:
     def release(self, cache: KVCache) -> None:
         """Let go of a cache that will not be used again, so that its memory can go."""
         with self._sessions.lock:
-            for component in [name for name, bound in self._bound.items() if bound[0] is cache]:
-                self._sessions.get(component).unbind()
-                del self._bound[component]
+            self._unbind(cache)
+            cache.close()
 
     def release_prefill_weights(self) -> int:
         """Give back the mapped pages of all weights, after a prefill; see `release_pages`.
@@ -200,6 +204,12 @@ class Decoder:
         with self._sessions.lock:
             self._bound.clear()
             self._sessions.close()
+
+    def _unbind(self, cache: KVCache) -> None:
+        with self._sessions.lock:
+            for component in [name for name, bound in self._bound.items() if bound[0] is cache]:
+                self._sessions.get(component).unbind()
+                del self._bound[component]
 
     def _route(self, prompts: Sequence[Prompt]) -> list[Instance]:
         if self._router is None:
@@ -231,6 +241,33 @@ class Decoder:
                 _put(routing, result.routing, (batch, longest), (row, part))
         return StepResult(logits, routing)
 
+    def _in_pieces(self, feeds: dict[str, Array], lengths: Ids, cache: KVCache, wanted: _Wanted) -> StepResult:
+        """A prefill by graphs that always have all rows of the cache and keep one position's logits of each.
+
+        All rows go through together, piece by piece. What a row writes behind its end is never read, and a row that ended
+        in an earlier piece writes behind that.
+        """
+        batch, longest = feeds["inputs_embeds"].shape[:2]
+        if wanted.all_logits:
+            raise MoiieError(
+                f"{self._bundle.name}: this form of the bundle gives the logits of a prompt's last position only",
+                "ask for those, or run the bundle's own graphs, target portable",
+            )
+        logits = np.zeros((batch, 1, self._bundle.model.vocab_size), np.float32)
+        routing: dict[int, LayerRouting] = {}
+        chunk = self._bundle.prefill_chunk or longest
+        for start in range(0, longest, chunk):
+            part = slice(start, min(start + chunk, longest))
+            piece = {name: array[:, part] for name, array in feeds.items()}
+            last = lengths - 1 - start
+            ends = (last >= 0) & (last < part.stop - start)
+            piece["logits_to_keep"] = np.where(ends, last, 0)[:, None]
+            rows = _Rows(slice(0, batch), np.full(batch, start, np.int64))
+            result = self._run("decoder_prefill", piece, cache, rows, wanted.routing)
+            logits[ends] = result.logits[ends]
+            _put(routing, result.routing, (batch, longest), (slice(0, batch), part))
+        return StepResult(logits, routing)
+
     def _run(self, component: str, feeds: dict[str, Array], cache: KVCache, rows: _Rows, routing: bool) -> StepResult:
         model = self._bundle.model
         batch, sequence = feeds["inputs_embeds"].shape[:2]
@@ -244,10 +281,13 @@ class Decoder:
                 self._bound[component] = (cache, rows.which)
             # A model without experts has no use for the modality, and its graph no such input.
             fitting = {name: array for name, array in feeds.items() if name in session.inputs}
-            outputs = session.run({**fitting, "past_lengths": rows.past_lengths}, ["logits", *names])
-        chosen = {name: outputs[name].reshape(batch, sequence, -1) for name in names}
+            fitting["past_lengths"] = rows.past_lengths
+            if cache.static:
+                fitting = {name: _with_rows(array, cache.rows) for name, array in fitting.items()}
+            outputs = session.run(fitting, ["logits", *names])
+        chosen = {name: outputs[name].reshape(-1, sequence, outputs[name].shape[-1])[:batch] for name in names}
         return StepResult(
-            outputs["logits"],
+            outputs["logits"][:batch],
             {layer: LayerRouting(chosen[f"expert_ids.{layer}"], chosen[f"expert_weights.{layer}"]) for layer in layers},
         )
 
@@ -255,16 +295,25 @@ class Decoder:
         return self._table[ids].astype(np.float32, copy=False)
 
 
+def _with_rows(array: Array, rows: int) -> Array:
+    """The array with rows of zeros below, which fill up a graph of fixed size."""
+    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
 def _put(
-    whole: dict[int, LayerRouting], part: Mapping[int, LayerRouting], shape: tuple[int, int], where: tuple[int, slice]
+    whole: dict[int, LayerRouting],
+    part: Mapping[int, LayerRouting],
+    shape: tuple[int, int],
+    where: tuple[int | slice, slice],
 ) -> None:
-    """Write the routing of a piece of one row into that of the whole prefill [rows, tokens, k]."""
+    """Write the routing of a piece of one row, or of all, into that of the whole prefill [rows, tokens, k]."""
     for layer, routing in part.items():
         if layer not in whole:
             sizes = (*shape, routing.expert_ids.shape[-1])
             whole[layer] = LayerRouting(np.zeros(sizes, np.int32), np.zeros(sizes, np.float32))
-        whole[layer].expert_ids[where] = routing.expert_ids[0]
-        whole[layer].expert_weights[where] = routing.expert_weights[0]
+        rows = 0 if isinstance(where[0], int) else slice(None)
+        whole[layer].expert_ids[where] = routing.expert_ids[rows]
+        whole[layer].expert_weights[where] = routing.expert_weights[rows]
 
 
 def _embedding_table(bundle: Bundle, weights: TensorFile) -> Array:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moiie_runtime.backends import prepare
 from moiie_runtime.backends.session import EngineOptions
 from moiie_runtime.bundle import MAX_MANIFEST_BYTES, Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -34,6 +35,7 @@ class Engine:
         needs: what must be there to run it, name -> version, as its builder recorded it.
         threads: how many were asked for when it was built; None: one for each core.
         prepack: see `EngineOptions`.
+        document: engine.json as its builder wrote it, for what only its backend reads.
     """
 
     target: str
@@ -42,13 +44,30 @@ class Engine:
     needs: Mapping[str, str]
     threads: int | None
     prepack: bool
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie, below the bundle's directory."""
+        return f"{ENGINES}/{self.target}"
+
+    @property
+    def build(self) -> str:
+        """The command that makes it again."""
+        return f"moiie build {self.bundle.root} --target {self.target}"
 
     def options(self) -> EngineOptions:
-        """What its sessions need; our kernels are compiled now if this machine has not done so before.
+        """What its sessions need, made once for all of them; the caller closes it.
+
+        Our kernels are compiled now if this machine has not done so before; a device is opened.
 
         Raises:
-            MissingDependency: they cannot be compiled here, or the engine needs another version of them.
+            MissingDependency: this machine lacks something, or the engine needs another version of it.
+            MoiieError: the engine is damaged.
         """
+        prepared = prepare(self)
+        if prepared is not None:
+            return prepared
         if KERNELS not in self.needs:
             return EngineOptions((), self.prepack)
         from moiie_runtime import native
@@ -57,7 +76,7 @@ class Engine:
             raise MissingDependency(
                 f"{self.bundle.root}: engine {self.target} has weights in layout {self.needs[KERNELS]} of our kernels, "
                 f"this version reads layout {native.LAYOUT}",
-                f"moiie build {self.bundle.root} --target {self.target}",
+                self.build,
             )
         return EngineOptions((native.library(),), self.prepack)
 
@@ -87,7 +106,7 @@ def open_engine(bundle: Bundle, target: str) -> Engine:
     _check_source(bundle, raw, str(folder), build)
     threads = top.optional_integer("threads", 1)
     bundle = _in_place(bundle, top, target)
-    return Engine(target, top.string("backend"), bundle, _needs(top), threads, top.boolean("prepack"))
+    return Engine(target, top.string("backend"), bundle, _needs(top), threads, top.boolean("prepack"), raw)
 
 
 def _check_source(bundle: Bundle, raw: Mapping[str, Any], folder: str, build: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.instance_settings import InstanceRouter
 from moiie_runtime.sessions import Sessions
-from moiie_runtime.word_pieces import WordPieces
+from moiie_runtime.word_pieces import Integers, WordPieces
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class InstanceRouting:
         self._word_pieces = WordPieces(bundle.path(settings.tokenizer), settings.max_length)
         self._component = settings.component
         self._sessions = sessions
+        spec = bundle.components[settings.component].inputs.get("input_ids")
+        self._single = spec is not None and spec.shape[0] == 1  # a graph of fixed size takes one after another
         self._num_adapters = 1 if bundle.adapters is None else bundle.adapters.num_experts
 
     def __call__(self, instructions: Sequence[str]) -> list[Instance]:
@@ -59,12 +62,9 @@ class InstanceRouting:
         Raises:
             MoiieError: the graph gives weights that are not finite, or an adapter that does not exist.
         """
-        input_ids, attention_mask = self._word_pieces(instructions)
-        with self._sessions.lock:
-            outputs = self._sessions.get(self._component).run(
-                {"input_ids": input_ids, "attention_mask": attention_mask}, ["move_weights", "mole_index"]
-            )
-        weights, index = outputs["move_weights"], outputs["mole_index"]
+        parts = [[text] for text in instructions] if self._single else [instructions]
+        outputs = [self._run(*self._word_pieces(part)) for part in parts]
+        weights, index = (np.concatenate(each) for each in zip(*outputs, strict=True))
         if not np.isfinite(weights).all() or ((index < 0) | (index >= self._num_adapters)).any():
             raise MoiieError(
                 f"{self._component}: gives weights {weights.tolist()} and adapters {index.tolist()} "
@@ -72,3 +72,10 @@ class InstanceRouting:
                 "check the files with `moiie inspect --verify BUNDLE`",
             )
         return [Instance(weights[row], index[row]) for row in range(len(instructions))]
+
+    def _run(self, input_ids: Integers, attention_mask: Integers) -> tuple[NDArray[Any], NDArray[Any]]:
+        with self._sessions.lock:
+            outputs = self._sessions.get(self._component).run(
+                {"input_ids": input_ids, "attention_mask": attention_mask}, ["move_weights", "mole_index"]
+            )
+        return outputs["move_weights"], outputs["mole_index"]

@@ -1,4 +1,4 @@
-"""Static key and value buffers, shared by prefill and decode and updated in place."""
+"""Static key and value buffers, shared by prefill and decode and updated in place, on the host or on a device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from moiie_runtime.backends.device import Device, DeviceBuffer
 from moiie_runtime.backends.session import Session
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.errors import MissingDependency
+from moiie_runtime.errors import MissingDependency, MoiieError
 
 Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Buffer = Floats | DeviceBuffer
 
 _ALL = slice(None)
 
@@ -23,19 +26,25 @@ class KVCache:
     """One buffer for the keys and one for the values of every layer, each [rows, kv_heads, capacity, head_dim].
 
     The graphs take a buffer as `past_key_values.%d.key` and write it as `present.%d.key`; bound to both names it is
-    updated in place. Memory is taken page by page as tokens arrive, not at once.
+    updated in place. On the host memory is taken page by page as tokens arrive, not at once; on a device all at once, when
+    the cache is first bound, and it is given back by `close`.
 
     With beams a request has `num_beams` rows, one after another. Its prompt is run once: prefill sees the first `batch`
     rows, and `spread` copies what it wrote there to the beams.
+
+    Graphs with static shapes are always bound to as many rows as they have; those behind the last request hold noise.
 
     Args:
         bundle: gives the shapes.
         batch: requests.
         num_beams: rows of a request.
+        device: where the buffers lie; None: on the host.
 
     Attributes:
         batch: requests.
         num_beams: rows of a request.
+        rows: rows of the buffers.
+        static: whether the graphs always have that many.
         lengths: int64 [batch * num_beams]; tokens held by each row.
         capacity: tokens a row can hold.
         constants: further inputs of the decoder that stay the same at every step, each [1, ...] for all rows, or
@@ -43,22 +52,26 @@ class KVCache:
 
     Raises:
         MissingDependency: the system has no room for that many rows.
+        MoiieError: the graphs have fewer rows than that.
     """
 
-    def __init__(self, bundle: Bundle, batch: int, num_beams: int = 1) -> None:
+    def __init__(self, bundle: Bundle, batch: int, num_beams: int = 1, device: Device | None = None) -> None:
         model = bundle.model
         self.batch = batch
         self.num_beams = num_beams
         self.capacity = bundle.kv_cache.capacity
-        self.constants: Mapping[str, NDArray[np.float32]] = {}
-        shape = (batch * num_beams, model.num_key_value_heads, self.capacity, model.head_dim)
-        dtype = np.dtype(bundle.kv_cache.dtype)
+        self.constants: Mapping[str, Floats] = {}
+        self.rows = _rows(bundle, batch, num_beams)
+        self.static = static_rows(bundle) is not None
+        self._shape = (self.rows, model.num_key_value_heads, self.capacity, model.head_dim)
+        self._dtype = bundle.kv_cache.dtype
+        self._device = device
+        self._names = [f"{layer}.{kind}" for layer in range(model.num_hidden_layers) for kind in ("key", "value")]
         self._shared = np.zeros(batch, np.int64)  # positions of a request that are the same in all its rows
-        self._buffers = {
-            f"{layer}.{kind}": _lazy_zeros(shape, dtype)
-            for layer in range(model.num_hidden_layers)
-            for kind in ("key", "value")
-        }
+        self._buffers: dict[str, Buffer] = {}
+        self._spare: Buffer | None = None  # a row for rows that change places
+        if device is None:
+            self._allocated()
         self.lengths = np.zeros(batch * num_beams, np.int64)
 
     def bind(self, session: Session, rows: slice = _ALL) -> None:
@@ -70,20 +83,21 @@ class KVCache:
         """
         first, last, _ = rows.indices(self.batch * self.num_beams)
         for name, array in self.constants.items():
-            session.bind(name, _constant_rows(array, slice(first, last), self.batch, self.num_beams))
-        for name, buffer in self._buffers.items():
-            part = buffer if last - first == len(buffer) else buffer[first:last]
+            session.bind(name, self._constant_rows(array, slice(first, last)))
+        whole = self.static or last - first == self.rows
+        for name, buffer in self._allocated().items():
+            part = buffer if whole else _part(buffer, first, last)
             session.bind(f"past_key_values.{name}", part)
             session.bind(f"present.{name}", part)
 
     def spread(self) -> None:
         """Give every beam what the prefill of its request wrote, which lies in row i for request i."""
         self._shared = self.lengths[: self.batch].copy()
-        for buffer in self._buffers.values():
+        for buffer in self._allocated().values():
             for request in reversed(range(self.batch)):  # its rows begin behind those that are still to be spread
-                for row in self._rows(request):
+                for row in range(request * self.num_beams, (request + 1) * self.num_beams):
                     if row != request:
-                        buffer[row, :, : self._shared[request]] = buffer[request, :, : self._shared[request]]
+                        _copy((buffer, row), (buffer, request), 0, int(self._shared[request]))
         self.lengths[:] = np.repeat(self._shared, self.num_beams)
 
     def reorder(self, sources: Ids) -> None:
@@ -95,38 +109,108 @@ class KVCache:
             sources: int64 [batch * num_beams]; a row of the same request each, and all rows of a request equally long.
         """
         moves = _moves(sources.tolist())
-        for buffer in self._buffers.values():
-            spare = buffer[:0]
+        for buffer in self._allocated().values():
             for target, source in moves:
                 row = max(target, source)
-                kept = slice(self._shared[row // self.num_beams], self.lengths[row])
-                if target == _SPARE:
-                    spare = buffer[source, :, kept].copy()
-                else:
-                    buffer[target, :, kept] = spare if source == _SPARE else buffer[source, :, kept]
+                first, last = int(self._shared[row // self.num_beams]), int(self.lengths[row])
+                _copy(self._place(buffer, target), self._place(buffer, source), first, last)
+
+    def close(self) -> None:
+        """Give buffers on a device back. What is bound again afterwards are new ones, full of zeros."""
+        if self._device is None:
+            return
+        for buffer in (*self._buffers.values(), self._spare):
+            if buffer is not None and not isinstance(buffer, np.ndarray):
+                buffer.free()
+        self._buffers, self._spare = {}, None
 
     def addresses(self) -> dict[str, int]:
         """Memory address of each buffer by its name (`0.key`, `0.value`, ...)."""
-        return {name: buffer.ctypes.data for name, buffer in self._buffers.items()}
+        buffers = self._allocated().items()
+        return {name: each.ctypes.data if isinstance(each, np.ndarray) else each.address for name, each in buffers}
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
-        """The buffer called `0.key`, `0.value`, ..., for inspection: [rows, kv_heads, capacity, head_dim]."""
-        return self._buffers[name]
+    def __getitem__(self, name: str) -> Floats:
+        """The buffer called `0.key`, `0.value`, ..., for inspection: [rows, kv_heads, capacity, head_dim].
+
+        On the host the buffer itself; from a device a copy.
+        """
+        buffer = self._allocated()[name]
+        return buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
+        return iter(self._names)
 
-    def _rows(self, request: int) -> range:
-        return range(request * self.num_beams, (request + 1) * self.num_beams)
+    def _allocated(self) -> dict[str, Buffer]:
+        try:
+            for name in self._names if not self._buffers else ():
+                self._buffers[name] = self._zeros(self._shape)
+        except MissingDependency:
+            self.close()  # what there was room for is of no use
+            raise
+        return self._buffers
+
+    def _zeros(self, shape: tuple[int, ...]) -> Buffer:
+        if self._device is None:
+            return _lazy_zeros(shape, np.dtype(self._dtype))
+        buffer = self._device.empty(shape, self._dtype, "the KV cache")
+        buffer.clear()  # a masked slot counts with weight 0, which a NaN would survive
+        return buffer
+
+    def _place(self, buffer: Buffer, row: int) -> tuple[Buffer, int]:
+        """Row `row` of a buffer, or the spare row."""
+        if row != _SPARE:
+            return buffer, row
+        if self._spare is None:
+            self._spare = self._zeros((1, *self._shape[1:]))
+        return self._spare, 0
+
+    def _constant_rows(self, array: Floats, rows: slice) -> Floats:
+        """What stays the same for rows of the cache, given once for all requests or once for each."""
+        if self.static:
+            row = np.minimum(np.arange(self.rows), self.batch * self.num_beams - 1)
+            request = row if rows.stop <= self.batch else row // self.num_beams
+            return array[np.minimum(request, len(array) - 1)]
+        if len(array) == 1:
+            return array
+        if rows.stop <= self.batch:  # prefill: a row for each request
+            return array[rows]
+        return np.repeat(array, self.num_beams, axis=0)
 
 
-def _constant_rows(array: NDArray[np.float32], rows: slice, batch: int, num_beams: int) -> NDArray[np.float32]:
-    """What stays the same for rows of a cache, given once for all requests or once for each."""
-    if len(array) == 1:
-        return array
-    if rows.stop <= batch:  # prefill: a row for each request
-        return array[rows]
-    return np.repeat(array, num_beams, axis=0)
+def static_rows(bundle: Bundle) -> int | None:
+    """Rows that the decoder's graphs always have; None when they take any number."""
+    spec = bundle.components["decoder_decode"].inputs.get("past_key_values.0.key")
+    rows = None if spec is None else spec.shape[0]
+    return rows if isinstance(rows, int) else None
+
+
+def _rows(bundle: Bundle, batch: int, num_beams: int) -> int:
+    """Rows of the buffers."""
+    wanted, there = batch * num_beams, static_rows(bundle)
+    if there is None:
+        return wanted
+    if wanted > there:
+        raise MoiieError(
+            f"{bundle.name}: {batch} requests with {num_beams} beams each take {wanted} rows, "
+            f"this form of the bundle was built for {there}",
+            f"ask for less at once, or set batch: {wanted} for the target and build it again",
+        )
+    return there
+
+
+def _part(buffer: Buffer, first: int, last: int) -> Buffer:
+    return buffer[first:last] if isinstance(buffer, np.ndarray) else buffer.rows(first, last)
+
+
+def _copy(target: tuple[Buffer, int], source: tuple[Buffer, int], first: int, last: int) -> None:
+    """Copy positions [first, last) of a row of one buffer into a row of another, or of the same one."""
+    (into, row), (out_of, source_row) = target, source
+    if isinstance(into, np.ndarray):
+        assert isinstance(out_of, np.ndarray)
+        into[row, :, first:last] = out_of[source_row, :, first:last]
+    else:
+        assert not isinstance(out_of, np.ndarray)
+        into.copy_positions(row, out_of, source_row, (first, last))
 
 
 _SPARE = -1

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from moiie_runtime.adapters import BANKS
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.errors import MissingDependency
 from moiie_runtime.quantized_weights import Unpacking, unpacking
 from moiie_runtime.residency import weight_views
+from moiie_runtime.sizes import readable
 from moiie_runtime.tensors import TensorFile, TensorInfo
 from moiie_runtime.vision_settings import Encoder, PatchSettings
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FLOAT32 = 4
 _COPY = 2.15  # float32 for float16, and what the allocator adds (measured)
 _PROCESS = 100 * 2**20  # Python, numpy, ONNX Runtime and the tokenizer without a model
@@ -50,8 +49,8 @@ class MemoryEstimate:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
-        parts = [f"{field.name.replace('_', ' ')} {_readable(getattr(self, field.name))}" for field in fields(self)]
-        return f"{_readable(self.total)} ({', '.join(parts)})"
+        parts = [f"{field.name.replace('_', ' ')} {readable(getattr(self, field.name))}" for field in fields(self)]
+        return f"{readable(self.total)} ({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -136,27 +135,8 @@ def check_memory(estimate: MemoryEstimate, limit: int | None, bundle: Bundle) ->
     if estimate.copies:
         fixes.insert(0, "export with dtype float32, which needs no copies of the weights on a CPU")
     raise MissingDependency(
-        f"{bundle.name}: predicted memory {estimate} exceeds the limit of {_readable(limit)}", "; or ".join(fixes)
+        f"{bundle.name}: predicted memory {estimate} exceeds the limit of {readable(limit)}", "; or ".join(fixes)
     )
-
-
-def parse_size(value: int | str) -> int:
-    """Bytes of a size such as 8589934592, "8GiB" or "500 MB".
-
-    Raises:
-        MoiieError: not a size, or not above 0.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = (
-        re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]{0,3})", value.strip(), re.I)
-        if isinstance(value, str)
-        else None
-    )
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or (size := int(float(match[1]) * unit)) < 1:
-        raise MoiieError(f"a memory size must be a number of bytes or a text such as 8GiB, got {value!r}")
-    return size
 
 
 def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> int:
@@ -172,7 +152,7 @@ def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], reque
 
 def _size_of_key(bundle: Bundle) -> int:
     """Bytes of a number in the key and value buffers."""
-    return 2 if bundle.kv_cache.dtype == "float16" else _FLOAT32
+    return _FLOAT32 if bundle.kv_cache.dtype == "float32" else 2
 
 
 def _unpacked(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> list[Unpacking]:
@@ -231,10 +211,3 @@ def _widest(header: Mapping[str, TensorInfo], names: Iterable[str], skipped: int
     """The largest output of a weight matrix, without those of the vocabulary."""
     shapes = [view.shape for view in weight_views(header, names)]
     return max((shape[0] for shape in shapes if len(shape) == 2 and shape[0] != skipped), default=1)
-
-
-def _readable(size: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moiie_runtime.answer import Answer
 from moiie_runtime.backends import backend_names, get_backend
-from moiie_runtime.backends.session import PORTABLE_OPTIONS, Session
+from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, Session
 from moiie_runtime.beam_generate import generate_beams, stream_beams
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.chat import Message
@@ -25,10 +25,11 @@ from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generat
 from moiie_runtime.generation_config import SETTINGS, GenerationConfig
 from moiie_runtime.images import ImageSource
 from moiie_runtime.kv_cache import KVCache
-from moiie_runtime.memory import Request, check_memory, estimate_memory, parse_size
+from moiie_runtime.memory import Request, check_memory, estimate_memory
 from moiie_runtime.processor import Processor
 from moiie_runtime.prompt import Prompt, penalty_ids
 from moiie_runtime.sessions import Sessions
+from moiie_runtime.sizes import parse_size
 from moiie_runtime.vision import Vision
 
 FEATURE_CACHE = 64 * 2**20
@@ -66,12 +67,18 @@ def load(
     limit = None if memory_limit is None else parse_size(memory_limit)
     keeps_none = feature_cache in (0, "0") and not isinstance(feature_cache, bool)
     budget = 0 if keeps_none else parse_size(feature_cache)
-    bundle, open_session = _opened(Bundle.open(path), target, threads)
-    return VLM(bundle, open_session, limit, feature_cache=budget, skip_below=skip_below)
+    bundle, open_session, options = _opened(Bundle.open(path), target, threads)
+    try:
+        return VLM(bundle, open_session, limit, feature_cache=budget, skip_below=skip_below, options=options)
+    except BaseException:
+        options.close()
+        raise
 
 
-def _opened(bundle: Bundle, target: str | None, threads: int | None) -> tuple[Bundle, Callable[[str], Session]]:
-    """The form of a bundle that will run, and what opens its graphs."""
+def _opened(
+    bundle: Bundle, target: str | None, threads: int | None
+) -> tuple[Bundle, Callable[[str], Session], EngineOptions]:
+    """The form of a bundle that will run, what opens its graphs, and the options of these."""
     wanted = target or (DEFAULT_TARGET if DEFAULT_TARGET in built_targets(bundle) else PORTABLE)
     options = PORTABLE_OPTIONS
     if wanted == PORTABLE:
@@ -90,7 +97,7 @@ def _opened(bundle: Bundle, target: str | None, threads: int | None) -> tuple[Bu
         transient = component != "decoder_decode"
         return opener(path, component=component, threads=threads, transient=transient, options=options)
 
-    return bundle, open_session
+    return bundle, open_session, options
 
 
 class VLM:
@@ -108,6 +115,7 @@ class VLM:
         memory_limit: bytes that the process may be predicted to use; None for no limit.
         feature_cache: bytes of features of pictures to keep.
         skip_below: see `load`.
+        options: of the sessions; closed with the model.
 
     Attributes:
         bundle: what was loaded.
@@ -126,15 +134,17 @@ class VLM:
         *,
         feature_cache: int = FEATURE_CACHE,
         skip_below: float | None = None,
+        options: EngineOptions = PORTABLE_OPTIONS,
     ) -> None:
         self._memory_limit = memory_limit
+        self._options = options
         bundle.check_files()
         check_memory(estimate_memory(bundle), memory_limit, bundle)
         self.bundle = bundle
         self.processor = Processor(bundle)
         self._defaults = _default_config(bundle)
         self.feature_cache = FeatureCache(feature_cache)
-        sessions = Sessions(bundle, open_session)
+        sessions = Sessions(bundle, open_session, options)
         self._decoder = Decoder(bundle, sessions, Vision(bundle, sessions, self.feature_cache, skip_below))
 
     def stream(self, messages: Sequence[Message], *, reroute: bool = False, **generation: Any) -> Iterator[Chunk]:
@@ -250,6 +260,7 @@ class VLM:
     def close(self) -> None:
         """Release all graphs, weights and buffers. Closing twice is allowed."""
         self._decoder.close()
+        self._options.close()
 
     def __enter__(self) -> VLM:
         return self
@@ -278,7 +289,7 @@ class VLM:
         return run(self._decoder, answers, self._cache(answers), record)
 
     def _cache(self, answers: Sequence[Answer]) -> KVCache:
-        return KVCache(self.bundle, len(answers), answers[0].config.num_beams)
+        return KVCache(self.bundle, len(answers), answers[0].config.num_beams, self._options.device)
 
     def _answers(self, prompts: Sequence[Prompt], generation: Mapping[str, Any], record: Record) -> list[Answer]:
         """Everything that can be refused is refused here, before a graph is loaded or run."""

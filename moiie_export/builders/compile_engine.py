@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moiie_export.builders.engine_specs import Profile
 from moiie_export.builders.library import Library
+from moiie_runtime.backends.tensorrt_log import Said
+from moiie_runtime.backends.tensorrt_log import listener as new_listener
 from moiie_runtime.errors import MissingDependency, MoiieError
 
 _log = logging.getLogger(__name__)
-
-_NOISE = ("cudaError 35", "CUDA driver version is insufficient", "CUDA initialization failure with error: 35")
-"""Said about any failure on a machine without a driver, whatever its cause."""
 
 _DROPPED = "Unused Input"
 """An input that the parser ignores: the engine would compute something else, without an error."""
@@ -60,11 +59,14 @@ def compile_engine(library: Library, job: EngineJob, progress: Callable[[int, in
         KeyboardInterrupt: after the builder has stopped.
     """
     trt = library.trt
-    listener = _listener(trt)
+    listener = new_listener(trt)
     builder = trt.Builder(listener)
+    if library.sms:  # nothing is measured, and threads that race would give the engine other bytes each time
+        builder.max_threads = 1
     network, parser = _parse(trt, builder, listener, job)
     config = builder.create_builder_config()
     _set_targets(config, library, job.sms)
+    _require_user_memory(trt, config)
     for profile in _optimization_profiles(builder, network, job):
         config.add_optimization_profile(profile)
     if job.plugins is not None and job.embed_plugins:
@@ -82,57 +84,6 @@ def compile_engine(library: Library, job: EngineJob, progress: Callable[[int, in
     del parser  # holds the weights that the network refers to
 
 
-def load_plugins(library: Library, path: Path) -> None:
-    """Register the plugins of a shared library, once a process.
-
-    Raises:
-        MissingDependency: it cannot be loaded, or registers nothing.
-    """
-    registry = library.trt.get_plugin_registry()
-    try:
-        handle = registry.load_library(str(path))
-    except Exception as error:
-        raise MissingDependency(
-            f"{path}: cannot be loaded: {error}", "build it again with `moiie plugins build`"
-        ) from error
-    if handle is None:
-        raise MissingDependency(f"{path}: registers no plugins", "build it again with `moiie plugins build`")
-
-
-@dataclass
-class Said:
-    """What TensorRT said while it worked."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def hear(self, is_error: bool, message: str) -> None:
-        """Sort a message; what every failure says here is dropped."""
-        if any(noise in message for noise in _NOISE):
-            _log.debug("%s", message)
-            return
-        (self.errors if is_error else self.warnings).append(message)
-        _log.log(logging.DEBUG if is_error else logging.INFO, "%s", message)
-
-    def refusal(self, what: str, hint: str) -> MoiieError:
-        """An error with the first thing it complained about."""
-        first = self.errors[0] if self.errors else "it gave no reason"
-        return MoiieError(f"{what}: {' '.join(first.split())[:600]}", hint)
-
-
-def _listener(trt: Any) -> Any:
-    class Listener(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.said = Said()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.said.hear(severity <= trt.ILogger.Severity.ERROR, message)
-
-    return Listener()
-
-
 def _parse(trt: Any, builder: Any, listener: Any, job: EngineJob) -> tuple[Any, Any]:
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -142,8 +93,23 @@ def _parse(trt: Any, builder: Any, listener: Any, job: EngineJob) -> tuple[Any, 
     if not parser.parse_from_file(str(job.graph)):
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         said.errors[:0] = [f"{each.desc()} (node {each.node_name() or each.node()})" for each in found]
+        said.errors[:0] = _plugin_refusals(job, said.errors)
         raise said.refusal(f"{job.name}: TensorRT cannot parse the graph", _parse_hint(said))
     return network, parser
+
+
+def _plugin_refusals(job: EngineJob, errors: Sequence[str]) -> list[str]:
+    """Why our plugins refused a node, with TensorRT's own first words, which only say that one did and where."""
+    if job.plugins is None:
+        return []
+    from moiie_plugins.refusals import take_refusals
+
+    try:
+        found = take_refusals(job.plugins)
+    except (OSError, AttributeError):  # another library of plugins
+        return []
+    where = f" (TensorRT: {' '.join(errors[0].split())[:200]})" if errors else ""
+    return [f"{each}{where}" for each in found]
 
 
 def _check_dropped(said: Said, job: EngineJob) -> None:
@@ -204,6 +170,13 @@ def _allow_aliases(trt: Any, config: Any) -> None:
         config.set_preview_feature(feature, True)
 
 
+def _require_user_memory(trt: Any, config: Any) -> None:
+    """The runtime gives TensorRT for RTX all its memory; an engine that takes some itself cannot be recorded as a CUDA graph."""
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if flag is not None:
+        config.set_flag(flag)
+
+
 def _timing_cache(config: Any, job: EngineJob) -> Any:
     if job.timing_cache is None:
         return None
@@ -227,6 +200,7 @@ def _write(trt: Any, builder: Any, made: tuple[Any, Any], job: EngineJob, listen
         config.progress_monitor.reraise()
     if not done:
         hint = "run again with -v for all that TensorRT said; `moiie check` tells what a target supports"
+        listener.said.errors[:0] = _plugin_refusals(job, listener.said.errors)
         raise listener.said.refusal(f"{job.name}: TensorRT cannot build the engine", hint)
 
 

@@ -1,8 +1,9 @@
 """Each engine is built in a process of its own.
 
 TensorRT orders tables in an engine by where its objects lie in memory, so that a second build in one process has other
-bytes; in a fresh process they lie alike. What goes wrong inside the library cannot take this process with it, and its
-memory is given back before the next engine.
+bytes. In a fresh process they lie alike, if nothing differs that moves them: names of files, the environment, threads
+that race, and the lengths of the times that it prints. What goes wrong inside the library cannot take this process with
+it, and its memory is given back before the next engine.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from moiie_export.builders.compile_engine import EngineJob, compile_engine, load_plugins
+from moiie_export.builders.compile_engine import EngineJob, compile_engine
 from moiie_export.builders.engine_specs import Profile
-from moiie_export.builders.library import load_library
+from moiie_export.builders.fixed_clock import fixed_clock
+from moiie_export.builders.library import load_library, load_plugins
 from moiie_runtime.errors import MissingDependency, MoiieError
 
 _log = logging.getLogger(__name__)
@@ -53,8 +55,8 @@ def run_job(backend: str, job: EngineJob, progress: Callable[[int, int], None]) 
     Raises:
         MoiieError: what the other process raised, or that it was ended by a signal.
     """
-    # Not -m, which puts the working directory's whole name on the path of modules.
-    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    # Neither -m nor the plain -c: both look for modules in the working directory, and its files would matter.
+    command = [sys.executable, "-c", f"import sys; del sys.path[0]; from {__name__} import main; main()"]
     # Where objects lie depends on the lengths of names: every build sees the same ones.
     local = replace(
         job,
@@ -64,6 +66,8 @@ def run_job(backend: str, job: EngineJob, progress: Callable[[int, int], None]) 
         timing_cache=_absolute(job.timing_cache),
     )
     environment = {name: value for name, value in os.environ.items() if name in _KEPT} | {"PYTHONHASHSEED": "0"}
+    if backend == "tensorrt_rtx":  # full TensorRT measures kernels, and needs the time
+        environment |= fixed_clock()
     with subprocess.Popen(  # noqa: S603 - this interpreter and this module
         command,
         cwd=job.graph.parent,

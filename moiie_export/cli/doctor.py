@@ -48,6 +48,9 @@ def command(bundle: Path | None, as_json: bool) -> None:
         emit_json({"ok": not failed, "findings": [each.to_dict() for each in findings]})
     else:
         click.echo(table([[each.status, each.name, each.detail] for each in findings]))
+        for each in findings:
+            if each.status == "warn" and each.hint:
+                note(f"{each.name}: {each.hint}")
     lacking = [each for each in failed if broken is None or each.name != "bundle"]
     if lacking:
         text = "; ".join(f"{each.name}: {each.detail}" for each in lacking)
@@ -60,6 +63,7 @@ def command(bundle: Path | None, as_json: bool) -> None:
 
 def _bundle(path: Path) -> Iterator[Finding]:
     from moiie_export.cli.environment import Finding, available_memory
+    from moiie_export.cli.nvidia import engine_findings
     from moiie_runtime.bundle import Bundle
     from moiie_runtime.memory import Request, estimate_memory
 
@@ -67,6 +71,7 @@ def _bundle(path: Path) -> Iterator[Finding]:
     bundle.check_files()
     size = sum(record.bytes for record in bundle.files.values())
     yield Finding("bundle", "ok", f"{path}: {bundle.name}, {len(bundle.files)} files, {human_bytes(size)}")
+    yield from engine_findings(bundle)
     request = Request(prompt_tokens=bundle.tokens.image_tokens + 100, new_tokens=256, images=1)
     needed = estimate_memory(bundle, request).total
     available = available_memory()

@@ -18,10 +18,10 @@ OLDEST_ONNXRUNTIME = (1, 23)
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor. `fail`: a run would not work; `info`: good to know."""
+    """One line of the doctor. `fail`: a run would not work; `warn`: it would be slow; `info`: good to know."""
 
     name: str
-    status: Literal["ok", "info", "fail"]
+    status: Literal["ok", "info", "warn", "fail"]
     detail: str
     hint: str | None = None
 
@@ -32,6 +32,9 @@ class Finding:
 
 def environment() -> Iterator[Finding]:
     """Findings about this machine, in the order in which a reader wants them."""
+    from moiie_export.cli.jetson import jetson_findings
+    from moiie_export.cli.nvidia import nvidia_findings
+
     yield Finding("moiie-export", "info", version("moiie-export"))
     yield Finding("python", "info", f"{platform.python_version()} ({sys.executable})")
     yield Finding("platform", "info", platform.platform())
@@ -40,6 +43,8 @@ def environment() -> Iterator[Finding]:
     yield from _packages()
     yield from _onnxruntime()
     yield _export_extra()
+    yield from nvidia_findings()
+    yield from jetson_findings()
 
 
 def installed(distribution: str) -> str | None:

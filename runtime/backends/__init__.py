@@ -5,13 +5,28 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, Session
 from moiie_runtime.errors import MoiieError
 
+if TYPE_CHECKING:
+    from moiie_runtime.engines import Engine
+
 ENTRY_POINT_GROUP = "moiie.backends"
 _BUILT_IN = {"onnxruntime": "moiie_runtime.backends.onnxruntime:OnnxRuntimeSession"}
+_ENGINES = {
+    "onnxruntime_cuda": "moiie_runtime.backends.onnxruntime_cuda:OrtCudaSession",
+    "tensorrt": "moiie_runtime.backends.tensorrt:TensorRtSession",
+    "tensorrt_rtx": "moiie_runtime.backends.tensorrt:TensorRtSession",
+}
+"""Backends that run what `moiie build` made, and not a bundle's own graphs."""
+_PREPARE = {
+    "onnxruntime_cuda": "moiie_runtime.backends.onnxruntime_cuda:prepare",
+    "tensorrt": "moiie_runtime.backends.tensorrt:prepare",
+    "tensorrt_rtx": "moiie_runtime.backends.tensorrt:prepare",
+}
+"""Backend -> what looks whether an engine can run here, opens its device, and gives the options of its sessions."""
 
 
 class OpenSession(Protocol):
@@ -38,7 +53,7 @@ class OpenSession(Protocol):
 
 
 def backend_names() -> list[str]:
-    """The names that `get_backend` knows: the built-in ones and those that installed packages add."""
+    """What can run a bundle's own graphs: the built-in backends and those that installed packages add."""
     return sorted({*_BUILT_IN, *_added()})
 
 
@@ -49,9 +64,9 @@ def get_backend(name: str) -> OpenSession:
         MoiieError: no backend has this name, or what is registered under it is not callable.
         MissingDependency: the backend's own packages are not installed.
     """
-    if name in _BUILT_IN:
-        module, _, attribute = _BUILT_IN[name].partition(":")
-        opener = getattr(import_module(module), attribute)
+    known = {**_BUILT_IN, **_ENGINES}
+    if name in known:
+        opener = _attribute(known[name])
     else:
         entry = _added().get(name)
         if entry is None:
@@ -62,11 +77,30 @@ def get_backend(name: str) -> OpenSession:
     return cast(OpenSession, opener)
 
 
+def prepare(engine: Engine) -> EngineOptions | None:
+    """Everything that can be refused before a built form's first graph is opened is refused here.
+
+    Returns:
+        The options of all its sessions, which the caller closes; None where the backend needs no preparation.
+
+    Raises:
+        MissingDependency: this machine lacks something.
+        MoiieError: the engine is damaged.
+    """
+    place = _PREPARE.get(engine.backend)
+    return None if place is None else cast(EngineOptions, _attribute(place)(engine))
+
+
+def _attribute(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def _added() -> dict[str, EntryPoint]:
     """Entry points of other packages; none may take the place of a built-in name or of another package's."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name in _BUILT_IN or entry.name in found:
+        if entry.name in _BUILT_IN or entry.name in _ENGINES or entry.name in found:
             raise MoiieError(
                 f"two installed packages register a backend called {entry.name!r} ({entry.value})",
                 "uninstall one of them",

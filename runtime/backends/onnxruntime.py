@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moiie_runtime.backends.device import DeviceBuffer
 from moiie_runtime.backends.session import (
     PORTABLE_OPTIONS,
     Array,
@@ -83,7 +84,9 @@ class OnnxRuntimeSession:
         try:
             for library in options.libraries:
                 settings.register_custom_ops_library(str(library))
-            self._session: Any = ort.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+            self._session: Any = self._opened(source, settings)
+        except MoiieError:
+            raise
         except Exception as error:  # its exception types share no base class of their own
             raise MoiieError(
                 f"{self._where}: ONNX Runtime {ort.__version__} cannot load the graph: {_first_line(error)}",
@@ -93,13 +96,13 @@ class OnnxRuntimeSession:
         self.outputs: Mapping[str, TensorSpec] = self._specs(self._session.get_outputs())
         self._run_options: Any = ort.RunOptions()
         if transient:
-            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._bound: dict[str, Array] = {}
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._arenas)
+        self._bound: dict[str, Any] = {}
         self._bound_sizes: Sizes | None = None
         self._bindings: dict[tuple[str, ...], Any] = {}
         _log.debug("loaded %s", self._where)
 
-    def bind(self, name: str, array: Array) -> None:
+    def bind(self, name: str, array: Array | DeviceBuffer) -> None:
         """Tie an input or an output to this buffer, by address, for all later runs.
 
         One buffer bound to an input and to an output lets the graph update it in place.
@@ -115,10 +118,7 @@ class OnnxRuntimeSession:
                 f"{self._where}: no input or output is called `{name}`",
                 f"its inputs are {', '.join(self.inputs)}; its outputs are {', '.join(self.outputs)}",
             )
-        check_array(self._where, name, spec, array)
-        if not array.flags.c_contiguous or (name in self.outputs and not array.flags.writeable):
-            raise MoiieError(f"{self._where}: the buffer bound to `{name}` must be contiguous and writable")
-        self._bound[name] = array
+        self._bound[name] = self._bindable(name, spec, array)
         self._bound_sizes = None
         self._bindings.clear()
 
@@ -155,12 +155,12 @@ class OnnxRuntimeSession:
         results: dict[str, Any] = {name: self._allocated(name, sizes) for name in free}
         try:
             for name, array in kept.items():
-                _bind_input(binding, name, array)
+                self._bind_input(binding, name, array)
             for name in free:  # again at each run: what was bound or allocated earlier would fix the shape
-                _bind_output(binding, name, results[name])
+                self._bind_output(binding, name, results[name])
             session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # see __init__
-            raise MoiieError(f"{self._where}: ONNX Runtime failed: {_first_line(error)}") from error
+            raise self._failed(error) from error
         if any(array is None for array in results.values()):
             made = dict(zip([*self._bound_outputs(), *free], binding.get_outputs(), strict=True))
             results = {name: made[name].numpy() if array is None else array for name, array in results.items()}
@@ -200,9 +200,9 @@ class OnnxRuntimeSession:
             binding = self._session.io_binding()
             for name, array in self._bound.items():
                 if name in self.inputs:
-                    _bind_input(binding, name, array)
+                    self._bind_input(binding, name, array)
             for name in self._bound_outputs():
-                _bind_output(binding, name, self._bound[name])
+                self._bind_output(binding, name, self._bound[name])
             self._bindings[free] = binding
         return binding
 
@@ -210,7 +210,34 @@ class OnnxRuntimeSession:
         """A buffer for an output; None when its shape is not known before the run."""
         spec = self.outputs[name]
         shape = [size if isinstance(size, int) else sizes.get(size, (-1, ""))[0] for size in spec.shape]
-        return None if -1 in shape else np.empty(shape, spec.dtype)
+        # No dimensions may also mean that ONNX Runtime does not know how many there are.
+        return None if -1 in shape or not shape else np.empty(shape, spec.dtype)
+
+    # What a session on a device does otherwise (onnxruntime_cuda.py).
+
+    _arenas = "cpu:0"
+
+    def _opened(self, source: str | bytes, settings: Any) -> Any:
+        return ort.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+
+    def _bindable(self, name: str, spec: TensorSpec, array: Any) -> Any:
+        """The buffer that will be tied to a name, when it fits."""
+        check_array(self._where, name, spec, array)
+        if not array.flags.c_contiguous or (name in self.outputs and not array.flags.writeable):
+            raise MoiieError(f"{self._where}: the buffer bound to `{name}` must be contiguous and writable")
+        return array
+
+    def _bind_input(self, binding: Any, name: str, array: Any) -> None:
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, binding: Any, name: str, array: Any) -> None:
+        if array is None:
+            binding.bind_output(name)
+        else:
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _failed(self, error: Exception) -> MoiieError:
+        return MoiieError(f"{self._where}: ONNX Runtime failed: {_first_line(error)}")
 
     def _specs(self, values: Sequence[Any]) -> dict[str, TensorSpec]:
         specs = {}
@@ -238,17 +265,6 @@ def _settings(threads: int) -> Any:
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     return settings
-
-
-def _bind_input(binding: Any, name: str, array: Array) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: Any, name: str, array: Array | None) -> None:
-    if array is None:
-        binding.bind_output(name)
-    else:
-        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
 def _first_line(error: Exception) -> str:

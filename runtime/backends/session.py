@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moiie_runtime.backends.device import Device, DeviceBuffer
 from moiie_runtime.errors import MoiieError
 
 Array = NDArray[Any]
@@ -32,6 +33,16 @@ class TensorSpec:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
+class Shared(Protocol):
+    """What a backend keeps for all sessions of one loaded bundle."""
+
+    def end_prefill(self) -> None:
+        """Give back what only prefill uses, where the form of the bundle asks for that."""
+
+    def close(self) -> None:
+        """Give everything back. Closing twice is allowed."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What the graphs of a built form ask of their sessions.
@@ -39,10 +50,22 @@ class EngineOptions:
     Attributes:
         libraries: of custom ops.
         prepack: bring weights into ONNX Runtime's own order when they are loaded, which takes memory of its own.
+        device: where the sessions run and the KV cache lies; None: on the host.
+        shared: what the backend keeps for all sessions of one loaded bundle; None where there is nothing.
+        after_prefill: components whose sessions are closed when the prompts were run.
     """
 
     libraries: tuple[Path, ...] = ()
     prepack: bool = False
+    device: Device | None = None
+    shared: Shared | None = None
+    after_prefill: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Give the device back with all that was shared, after the sessions were closed. Closing twice is allowed."""
+        for each in (self.shared, self.device):
+            if each is not None:
+                each.close()
 
 
 PORTABLE_OPTIONS = EngineOptions()
@@ -63,8 +86,11 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once and return the named outputs (all that are not bound when `outputs` is None)."""
 
-    def bind(self, name: str, array: Array) -> None:
-        """Tie an input or output to this buffer, by address, for all later runs."""
+    def bind(self, name: str, array: Array | DeviceBuffer) -> None:
+        """Tie an input or output to this buffer, by address, for all later runs.
+
+        A session on a device also takes its buffers; a host array given to one is an input that is copied now.
+        """
 
     def unbind(self) -> None:
         """Forget all buffers that were bound, so that their memory can go."""
@@ -83,7 +109,7 @@ Sizes = dict[str, tuple[int, str]]
 
 
 def check_feeds(
-    where: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], bound: Mapping[str, Array], sizes: Sizes
+    where: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], bound: Mapping[str, object], sizes: Sizes
 ) -> Sizes:
     """Refuse feeds that do not fit the graph, before a backend sees them.
 

@@ -108,42 +108,34 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles: 0..3 sums of two by two, 4 5 activations, 6 7 weights.
-MOIIE_AMX_INLINE void multiply_two(const uint8_t* x, int64_t x_step, const uint8_t* tiles, int64_t strips, float* sums) {
+// One or two times 16 rows of activations by a block. Tiles: 0..3 sums of two by two, 4 5 activations, 6 7 weights.
+template <bool Two>
+MOIIE_AMX_INLINE void multiply(const uint8_t* x, int64_t x_step, const uint8_t* tiles, int64_t strips, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if constexpr (Two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t s = 0; s < strips; ++s, x += x_step, tiles += kStepBytes) {
     _tile_loadd(4, x, 64);
     _tile_loadd(6, tiles, 64);
     _tile_loadd(7, tiles + kTileBytes, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + kTileBytes, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Two) {
+      _tile_loadd(5, x + kTileBytes, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
   constexpr int64_t kRow = kBlockRows * sizeof(float);
   _tile_stored(0, sums, kRow);
   _tile_stored(1, sums + kHalf, kRow);
-  _tile_stored(2, sums + kTileRows * kBlockRows, kRow);
-  _tile_stored(3, sums + kTileRows * kBlockRows + kHalf, kRow);
-}
-
-MOIIE_AMX_INLINE void multiply_one(const uint8_t* x, int64_t x_step, const uint8_t* tiles, int64_t strips, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  for (int64_t s = 0; s < strips; ++s, x += x_step, tiles += kStepBytes) {
-    _tile_loadd(4, x, 64);
-    _tile_loadd(6, tiles, 64);
-    _tile_loadd(7, tiles + kTileBytes, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+  if constexpr (Two) {
+    _tile_stored(2, sums + kTileRows * kBlockRows, kRow);
+    _tile_stored(3, sums + kTileRows * kBlockRows + kHalf, kRow);
   }
-  constexpr int64_t kRow = kBlockRows * sizeof(float);
-  _tile_stored(0, sums, kRow);
-  _tile_stored(1, sums + kHalf, kRow);
 }
 
 MOIIE_AMX void block(const uint8_t* panel, int64_t rows, const Layout& layout, const uint8_t* weights, float* sums) {
@@ -158,8 +150,8 @@ MOIIE_AMX void block(const uint8_t* panel, int64_t rows, const Layout& layout, c
   const int64_t height = whole_tiles(rows), step = height * 64;
   int64_t r = 0;
   for (; r + 2 * kTileRows <= height; r += 2 * kTileRows)
-    multiply_two(panel + r * 64, step, tiles, layout.strips(), sums + r * kBlockRows);
-  if (r < height) multiply_one(panel + r * 64, step, tiles, layout.strips(), sums + r * kBlockRows);
+    multiply<true>(panel + r * 64, step, tiles, layout.strips(), sums + r * kBlockRows);
+  if (r < height) multiply<false>(panel + r * 64, step, tiles, layout.strips(), sums + r * kBlockRows);
   _tile_release();
 }
 

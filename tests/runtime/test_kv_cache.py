@@ -78,6 +78,7 @@ def test_rows_are_reordered_as_if_all_at_once(data, batch, num_beams):
     bundle = SimpleNamespace(
         model=SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, head_dim=2),
         kv_cache=SimpleNamespace(capacity=7, dtype="float32"),
+        components={"decoder_decode": SimpleNamespace(inputs={})},
     )
     prompts = data.draw(st.lists(st.integers(1, 4), min_size=batch, max_size=batch))
     cache = filled(bundle, batch, num_beams, prompts)

@@ -9,7 +9,8 @@ import pytest
 import moiie_runtime as mr
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
-from moiie_runtime.memory import MemoryEstimate, Request, check_memory, estimate_memory, parse_size
+from moiie_runtime.memory import MemoryEstimate, Request, check_memory, estimate_memory
+from moiie_runtime.sizes import parse_size
 
 
 @pytest.fixture(scope="module")

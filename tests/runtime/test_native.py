@@ -8,6 +8,7 @@ import pytest
 
 from moiie_runtime import native
 from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.native import compiling
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_it_is_compiled_once(sources, tmp_path, monkeypatch):
     assert path.parent == tmp_path / "cache" / "moiie-export"
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert ctypes.CDLL(str(path)).answer() == 42
-    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(compiling, "_compile", lambda *_: pytest.fail("compiled again"))
     assert native.library() == path
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
@@ -42,6 +43,26 @@ def test_other_sources_are_another_library(sources):
     assert (ctypes.CDLL(str(first)).answer(), ctypes.CDLL(str(second)).answer()) == (42, 43)
 
 
+def test_a_library_is_found_without_running_anything(sources, monkeypatch):
+    path = native.library()
+    monkeypatch.setattr(compiling.subprocess, "run", lambda *_, **__: pytest.fail("ran something"))
+    assert native.library() == path
+
+
+def test_another_compiler_makes_another_library(sources, tmp_path, monkeypatch):
+    first = native.library()
+    real = compiling.find_compiler()
+    script = tmp_path / "bin" / "c++"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    second = native.library()
+    assert second != first
+    os.utime(script, ns=(0, 0))  # as an update in its place does
+    assert native.library() not in (first, second)
+
+
 def test_the_cache_is_under_home_without_a_usable_variable(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for value in ("", "relative"):
@@ -50,7 +71,9 @@ def test_the_cache_is_under_home_without_a_usable_variable(sources, tmp_path, mo
 
 
 def test_no_compiler(sources, tmp_path, monkeypatch):
+    assert native.available()
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert not native.available()
     with pytest.raises(MissingDependency, match="no C\\+\\+ compiler") as caught:
         native.library()
     assert "apt install g++" in caught.value.hint

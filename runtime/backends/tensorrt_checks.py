@@ -1,0 +1,114 @@
+"""Whether this machine can run an engine, asked before anything of it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from moiie_runtime.backends.cuda_driver import driver as cuda_bindings
+from moiie_runtime.backends.cuda_driver import release as bindings_release
+from moiie_runtime.backends.gpu_info import Driver, Gpu, find_driver
+from moiie_runtime.backends.tensorrt_library import Library, load_library
+from moiie_runtime.errors import MissingDependency
+from moiie_runtime.strict_files import sha256_file
+
+if TYPE_CHECKING:
+    from moiie_runtime.engines import Engine
+
+
+def check_machine(engine: Engine) -> Library:
+    """Packages, their versions, driver, GPU and plugins, in this order.
+
+    Returns:
+        TensorRT, imported.
+
+    Raises:
+        MissingDependency: what is missing first, and what to do about it.
+    """
+    library = load_library(engine.backend)
+    cuda_bindings()
+    _check_version(engine, library)
+    driver, gpu = _gpu(engine)
+    _check_floor(engine, driver)
+    _check_sm(engine, gpu)
+    _check_plugins(engine)
+    return library
+
+
+def _check_version(engine: Engine, library: Library) -> None:
+    wanted = engine.needs.get(library.name)
+    if wanted is None or wanted == library.version:
+        return
+    other = f"pip install 'tensorrt-rtx=={wanted}'"
+    if library.name == "tensorrt":
+        other = f"run it where TensorRT {wanted} is (on a Jetson the release of JetPack decides)"
+    raise MissingDependency(
+        f"engine {engine.target} was built with {library.name} {wanted}, here is {library.version}; "
+        "an engine runs only with the version that built it",
+        f"build it again here: {engine.build}; or {other}",
+    )
+
+
+def _gpu(engine: Engine) -> tuple[Driver, Gpu]:
+    driver = find_driver()
+    hint = "run it on a machine with an NVIDIA GPU; `moiie doctor` says what is here; target cpu or portable needs none"
+    if driver is None:
+        raise MissingDependency(f"engine {engine.target} needs a GPU: there is no NVIDIA driver here", hint)
+    if not driver.gpus:
+        reason = f" (CUDA error {driver.problem})" if driver.problem else ""
+        raise MissingDependency(f"engine {engine.target} needs a GPU: the driver sees none{reason}", hint)
+    major = bindings_release()
+    if major is not None and major > driver.cuda[0]:
+        raise MissingDependency(
+            f"cuda-bindings {major} needs a driver for CUDA {major}, the one here is for {_dotted(driver.cuda)}",
+            f"pip install 'cuda-bindings=={driver.cuda[0]}.*', or update the driver",
+        )
+    return driver, driver.gpus[0]
+
+
+def _check_floor(engine: Engine, driver: Driver) -> None:
+    floor: Mapping[str, Any] = engine.document.get("floor") or {}
+    found = {"cuda": _dotted(driver.cuda), "driver": driver.version}
+    names = {"cuda": "the CUDA release of the driver", "driver": "the driver"}
+    for key, name in names.items():
+        oldest, here = floor.get(key), found[key]
+        if oldest is not None and here is not None and _numbers(here) < _numbers(str(oldest)):
+            raise MissingDependency(
+                f"engine {engine.target}: {name} is {here}, {engine.backend} needs at least {oldest}",
+                "update NVIDIA's driver (on a Jetson: JetPack)",
+            )
+
+
+def _check_sm(engine: Engine, gpu: Gpu) -> None:
+    sms = engine.document.get("sms") or []
+    if sms and gpu.sm not in sms:
+        built = ", ".join(str(sm) for sm in sms)
+        raise MissingDependency(
+            f"engine {engine.target} was built for SM {built}; the GPU here, {gpu.name}, has SM {gpu.sm}",
+            f"{engine.build} --sm {gpu.sm}",
+        )
+
+
+def _check_plugins(engine: Engine) -> None:
+    plugins = engine.document.get("plugins") or {}
+    if plugins.get("file") is None:  # none, or stored in the engines
+        return
+    path = engine.bundle.path(f"{engine.folder}/{plugins['file']}")
+    again = f"build it with `moiie plugins build`, then {engine.build} --plugins LIBRARY"
+    if not path.is_file():
+        raise MissingDependency(f"{path}: the plugin library of engine {engine.target} is missing", again)
+    digest = sha256_file(path)
+    if digest != plugins.get("sha256"):
+        raise MissingDependency(
+            f"{path}: is not the plugin library that engine {engine.target} was built with "
+            f"(sha256 {digest[:12]}..., expected {str(plugins.get('sha256'))[:12]}...)",
+            again,
+        )
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(str(each) for each in numbers)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
