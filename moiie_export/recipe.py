@@ -7,6 +7,7 @@ of range are errors, all reported at once with file and line. There is no interp
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from moiie_export.recipe_parity import (
 from moiie_export.recipe_problems import Problem, RecipeError
 from moiie_export.recipe_quantization import QuantizationSection
 from moiie_export.recipe_schema import Checker, Limits, json_schema, key, show
-from moiie_export.recipe_targets import TargetSection
+from moiie_export.recipe_targets import TargetSection, target_problems
 from moiie_runtime.errors import MoiieError
 
 SCHEMA = 1
@@ -96,6 +97,11 @@ class Recipe:
     parity: ParitySection = key("What `moiie parity` compares and tolerates.", factory=ParitySection)
     targets: tuple[TargetSection, ...] = key("Targets of `moiie build`, beside the built-in ones.", ())
     path: Path | None = None
+
+    def contradictions(self) -> Iterator[tuple[str, str, str | None]]:
+        """(key, what is wrong, hint) of what one key cannot show."""
+        for index, name, text, hint in target_problems(self.targets):
+            yield f"targets[{index}].{name}", text, hint
 
     def resolved(self, absolute_paths: bool = False) -> dict[str, Any]:
         """The recipe as plain data with every key present and the parent merged in.

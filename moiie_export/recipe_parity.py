@@ -80,6 +80,19 @@ class EngineBounds(Bounds):
 
 
 @dataclass(frozen=True)
+class HalfBounds(Bounds):
+    """Bounds of engines that compute in float16 or bfloat16: about a thousand times as coarse as float32."""
+
+    vision_error: float = key("Image features.", 0.03, limits=_BOUND)
+    hidden_error: float = key("Hidden states after each layer.", 0.05, limits=_BOUND)
+    kv_error: float = key("Keys and values of each layer.", 0.05, limits=_BOUND)
+    logits_error: float = key("Logits.", 0.05, limits=_BOUND)
+    routing_agreement: float = key("Share of tokens, ties apart, that go to the same experts.", 0.99, limits=_FRACTION)
+    tie_margin: float = key("As for float32.", 0.01, limits=_BOUND)
+    tie_fraction: float = key("Largest share of ties.", 0.1, limits=_FRACTION)
+
+
+@dataclass(frozen=True)
 class BoundsByDtype:
     """Bounds for each storage type."""
 
@@ -91,6 +104,7 @@ class BoundsByDtype:
     engine_int8: EngineBounds = key(
         "Instead, for built engines that round activations to int8 in blocks of 32.", factory=EngineBounds
     )
+    engine_half: HalfBounds = key("Instead, for built engines that compute in half precision.", factory=HalfBounds)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moiie_export.quantize.banks import BANKS, NEVER, PLAIN_ONLY
+from moiie_export.quantize.banks import BANKS, EXPERTS, NEVER, PLAIN_ONLY
 from moiie_export.recipe_schema import Limits, key
 
 PLAIN = ("float16", "float32")
 DEFAULT_GROUP, DEFAULT_METHOD = 32, "rtn"
+EXPERTS_ADVICE = "put a rule for experts with int4, int8 or float16 before"
 _GLOB = frozenset("*?[")
 
 
@@ -24,7 +25,7 @@ class QuantRule:
         limits=Limits(single=True),
     )
     format: Literal["int4", "int8", "fp8", "w8a8", "float16", "float32"] = key(
-        "How what matches is stored. int4 and int8 run everywhere, fp8 and w8a8 only on TensorRT targets."
+        "How what matches is stored. int4 and int8 run everywhere; fp8 and w8a8 only on TensorRT targets, and not for experts."
     )
     group_size: Literal[32, 64, 128] | None = key(
         f"int4 and int8: columns that share a scale; must divide the row. null: {DEFAULT_GROUP}.", None
@@ -49,6 +50,9 @@ class QuantRule:
             yield "match", "an empty list matches nothing", f"banks: {', '.join(BANKS)}"
         elif not self.plain and all(pattern in (*NEVER, *PLAIN_ONLY) for pattern in self.match):
             yield "match", f"{', '.join(self.match)}: never quantised", "leave the rule out"
+        banks = [pattern for pattern in self.match if pattern in ("experts", *EXPERTS)]
+        if banks and not self.plain and self.format not in GROUPED:
+            yield "format", f"{', '.join(banks)}: experts have no {self.format} form", EXPERTS_ADVICE
         if self.group_size is not None and self.format not in GROUPED:
             yield "group_size", f"contradicts format {self.format}, which has no groups", "leave it out"
         methods = methods_of(self.format)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
@@ -89,7 +90,7 @@ class Checker:
         """`built`, unless it says that its keys contradict each other."""
         before = len(self.problems)
         for name, text, hint in getattr(built, "contradictions", tuple)():
-            child = cast("dict[str, Node]", node.value).get(name.partition("[")[0], node)
+            child = _at(node, name)
             self.problems.append(Problem(child.file, child.line, f"{where}.{name}" if where else name, text, hint))
         return built if len(self.problems) == before else None
 
@@ -166,6 +167,18 @@ class Checker:
         else:
             return value
         return None
+
+
+def _at(node: Node, dotted: str) -> Node:
+    """The node of a key such as `targets[1].sms`, or the innermost one above it that is written."""
+    for name, index in re.findall(r"(\w+)|\[(\d+)\]", dotted):
+        if name and isinstance(node.value, dict) and name in node.value:
+            node = node.value[name]
+        elif index and isinstance(node.value, list) and int(index) < len(node.value):
+            node = node.value[int(index)]
+        else:
+            break
+    return node
 
 
 def key_paths(cls: type, prefix: str = "") -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from moiie_export.recipe_schema import Limits, key
 from moiie_export.targets import (
     BUILT_IN,
+    DIALECT_SMS,
     Banks,
     KvDtype,
     Plugins,
@@ -20,6 +21,12 @@ from moiie_export.targets import (
 from moiie_runtime.errors import MoiieError
 
 _COUNT = Limits(minimum=1, maximum=2**31 - 1)
+_CPU_ONLY = ("threads", "kv_cache", "prefill_chunk")
+
+Wrong: TypeAlias = "tuple[str, str, str | None]"
+"""A key, what is wrong with it, and a hint."""
+Problem: TypeAlias = "tuple[int, str, str, str | None]"
+"""The same after the section's place in the list."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,52 @@ def recipe_targets(sections: Sequence[TargetSection]) -> dict[str, Target]:
     """The targets of a recipe by name.
 
     Raises:
-        MoiieError: a name is taken or unusable, `like` is unknown, or a value makes no sense.
+        MoiieError: the first of `target_problems`.
     """
-    found: dict[str, Target] = {}
-    for section in sections:
-        where = f"targets: {section.name}"
-        if not section.name.replace("-", "").replace("_", "").isalnum() or not section.name.isascii():
-            raise MoiieError(f"{where}: a name is made of letters, digits, - and _", "it becomes the name of a folder")
-        if section.name in found or section.name in BUILT_IN:
-            raise MoiieError(f"{where}: there is a target of this name already", "choose another name")
-        found[section.name] = checked(_made(section, find_target(section.like, found)), where)
+    found, problems = _resolved(sections)
+    for index, name, text, hint in problems:
+        where = f"targets: {sections[index].name}"
+        raise MoiieError(f"{where}: {text}" if name == "name" else f"{where}.{name}: {text}", hint)
     return found
+
+
+def target_problems(sections: Sequence[TargetSection]) -> list[Problem]:
+    """What is wrong with a recipe's targets: a name that is taken or unusable, an unknown `like`, values that make no sense."""
+    return _resolved(sections)[1]
+
+
+def _resolved(sections: Sequence[TargetSection]) -> tuple[dict[str, Target], list[Problem]]:
+    """The targets that can be made, and what is wrong with the others."""
+    found: dict[str, Target] = {}
+    problems: list[Problem] = []
+    for index, section in enumerate(sections):
+        wrong = list(_wrong_names(section, found))
+        target = None if wrong else _made(section, find_target(section.like, found))
+        if target is not None:
+            wrong = list(_wrong_values(section, target))
+            found[section.name] = target
+        problems += [(index, *each) for each in wrong]
+    return found, problems
+
+
+def _wrong_names(section: TargetSection, found: Mapping[str, Target]) -> Iterator[Wrong]:
+    """Keys without which there is no target to judge."""
+    if not section.name.replace("-", "").replace("_", "").isalnum() or not section.name.isascii():
+        yield (
+            "name",
+            f"a name is made of letters, digits, - and _; found {section.name!r}",
+            "it becomes a folder's name",
+        )
+    elif section.name in found or section.name in BUILT_IN:
+        yield "name", f"there is a target of this name already: {section.name}", "choose another name"
+    try:
+        find_target(section.like, found)
+    except MoiieError as error:
+        yield "like", error.message, error.hint
+    try:
+        _memory(section)
+    except MoiieError as error:
+        yield "memory", error.message, error.hint
 
 
 def manifest_targets(raw: Mapping[str, Any]) -> dict[str, Target]:
@@ -76,33 +118,60 @@ def manifest_targets(raw: Mapping[str, Any]) -> dict[str, Target]:
     return recipe_targets(sections)
 
 
-def checked(target: Target, where: str) -> Target:
-    """The target, when its lists ascend and it fits its backend.
-
-    Raises:
-        MoiieError: naming the key.
-    """
+def _wrong_values(section: TargetSection, target: Target) -> Iterator[Wrong]:
+    """Values that the target's backend cannot have."""
     for name, values in (("sms", target.sms), ("prefill", target.prefill)):
         if list(values) != sorted(set(values)) or any(value < 1 for value in values):
-            raise MoiieError(f"{where}.{name}: expected ascending numbers above 0, found {list(values)}", None)
+            yield name, f"expected ascending numbers above 0, found {list(values)}", None
     if not target.prefill:
-        raise MoiieError(f"{where}.prefill: at least one profile is needed", "for example prefill: [1024]")
-    if target.backend.startswith("tensorrt") and not target.sms:
-        raise MoiieError(f"{where}.sms: a GPU target names at least one compute capability", "for example sms: [87]")
-    return target
+        yield "prefill", "at least one profile is needed", "for example prefill: [1024]"
+    on_gpu = target.backend.startswith("tensorrt")
+    yield from _wrong_sms(target, on_gpu)
+    if on_gpu and target.precision == "float32":
+        yield "precision", "TensorRT's attention has no float32 kernels", "precision: float16 or bfloat16"
+    if target.dialect == "trt10" and target.plugins == "required" and target.precision == "bfloat16":
+        yield "precision", "our KV plugins for TensorRT 10 compute in float16", "precision: float16, or plugins: off"
+    for name in _CPU_ONLY if on_gpu else ():
+        if getattr(section, name) is not None:
+            yield name, f"means nothing for {target.backend}; it is a setting of CPU targets", "leave it out"
+
+
+def _wrong_sms(target: Target, on_gpu: bool) -> Iterator[Wrong]:
+    if not on_gpu:
+        if target.sms:
+            yield "sms", f"a target like {target.backend} is built for no compute capability", "leave it out"
+        return
+    known = DIALECT_SMS[target.dialect]
+    unknown = [sm for sm in target.sms if sm not in known]
+    if not target.sms:
+        yield "sms", "a GPU target names at least one compute capability", "for example sms: [87]"
+    elif unknown:
+        listed = ", ".join(map(str, sorted(known)))
+        verb = "is not expected to build" if target.expected else "does not build"
+        yield "sms", f"{target.backend} {verb} for SM {unknown[0]}", f"known: {listed}; 87 means 8.7, an Orin"
 
 
 def _made(section: TargetSection, base: Target) -> Target:
     changes: dict[str, Any] = {
         each.name: getattr(section, each.name)
         for each in fields(section)
-        if each.name != "like" and getattr(section, each.name) is not None
+        if each.name not in ("like", "memory") and getattr(section, each.name) is not None
     }
-    if section.memory is not None:
-        from moiie_runtime.memory import parse_size
+    memory = _memory(section)
+    return replace(base, **changes, memory=base.memory if memory is None else memory)
 
-        changes["memory"] = parse_size(section.memory)
-    return replace(base, **changes)
+
+def _memory(section: TargetSection) -> int | None:
+    """Bytes.
+
+    Raises:
+        MoiieError: it is no size.
+    """
+    if section.memory is None:
+        return None
+    from moiie_runtime.sizes import parse_size
+
+    return parse_size(section.memory)
 
 
 def _frozen(value: Any) -> Any:

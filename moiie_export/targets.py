@@ -65,6 +65,11 @@ class Target:
     kv_cache: KvDtype = "float32"
     prefill_chunk: int | None = None
 
+    @property
+    def expected(self) -> bool:
+        """Whether what is said of its library was never tried here: TensorRT itself, unlike TensorRT for RTX."""
+        return self.backend == "tensorrt"
+
 
 def _jetson(name: str, about: str, sm: int, memory: int) -> Target:
     return Target(name, about, "tensorrt", "trt10", (sm,), memory * GB, residency="after_prefill", prefill=(128, 1024))
@@ -100,7 +105,27 @@ BUILT_IN: Mapping[str, Target] = {
 }
 """The targets that need no recipe, by name."""
 
+DIALECT_SMS: Mapping[Dialect, frozenset[int]] = {
+    "rtx": frozenset({75, 80, 86, 89, 120, 121}),
+    "trt10": frozenset({75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
+    "trt11": frozenset({75, 80, 86, 89, 90, 100, 103, 120, 121}),
+}
+"""GPUs that each dialect's library builds for: rtx found by building with 1.7.1, the others expected from NVIDIA's documents.
+JetPack (87, 110) has TensorRT 10 only."""
+
+OLDEST_SMS: Mapping[str, int] = {"int4": 80, "fp8": 89, "w8a8": 75}
+"""Format of linear layers -> oldest GPU whose arithmetic has it in TensorRT."""
+
+NATIVE_MOE_SMS = frozenset({100, 103})
+"""GPUs for which TensorRT 11 has a layer for experts, by NVIDIA's documents."""
+
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def has_native_moe(target: Target) -> bool:
+    """Whether experts of a target become TensorRT's own layer, which wants them as constants."""
+    wanted = target.plugins != "required" and target.banks == "constants"
+    return target.dialect == "trt11" and wanted and bool(target.sms) and set(target.sms) <= NATIVE_MOE_SMS
 
 
 def find_target(name: str, own: Mapping[str, Target] | None = None) -> Target:

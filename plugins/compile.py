@@ -215,7 +215,8 @@ def compile_kernels(
     source = source_hash()
     kernels = _kernels(selected)
     jobs = list(_jobs(kernels, sorted(set(sms)), ptx_versions or {}))
-    images = _compile_all(jobs, cache, f"{source} {triton}", progress)
+    assembler = os.environ.get("TRITON_PTXAS_PATH", "")
+    images = _compile_all(jobs, cache, f"{source} {triton} {assembler}", progress)
     ordered = [image for job in jobs for image in images[job]]
     places = _write_images(out / "kernels.bin", ordered)
     table = {

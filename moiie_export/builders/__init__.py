@@ -19,6 +19,7 @@ from moiie_runtime.errors import MoiieError
 
 BUILDERS: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("moiie_export.builders.cpu:build_cpu", "moiie_export.builders.cpu:plan_cpu"),
+    "onnxruntime_cuda": ("moiie_export.builders.cuda:build_cuda", "moiie_export.builders.cuda:plan_cuda"),
     "tensorrt": ("moiie_export.builders.tensorrt:build_engines", "moiie_export.builders.tensorrt:plan_engines"),
     "tensorrt_rtx": ("moiie_export.builders.tensorrt:build_engines", "moiie_export.builders.tensorrt:plan_engines"),
 }

@@ -22,7 +22,6 @@ from moiie_runtime.cores import available_cores
 from moiie_runtime.native_packing import pack_chunks, packed_bytes
 from moiie_runtime.tensor_header import Specs
 
-WEIGHTS_FILE = "weights.safetensors"
 _PIECE = 1 << 22
 """Values that one step of the work holds at a time."""
 _STORED = {

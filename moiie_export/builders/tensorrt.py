@@ -22,7 +22,7 @@ from moiie_export.builders.output import describe, finished, write_output
 from moiie_export.builders.plan_file import read_header
 from moiie_export.disk import copy_file
 from moiie_export.stages import Progress
-from moiie_export.targets import Target
+from moiie_export.targets import OLDEST_SMS, Target
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.strict_files import sha256_file
@@ -30,7 +30,7 @@ from moiie_runtime.strict_files import sha256_file
 if TYPE_CHECKING:
     from moiie_export.graph.trt_context import TrtContext
 
-BUILDER_CODE = 1
+BUILDER_CODE = 2
 """Raised whenever the same bundle and target would give another result."""
 PLUGINS_FILE = "libmoiie_plugins.so"
 TIMING_CACHE = "timing.cache"
@@ -54,6 +54,7 @@ def build_engines(request: BuildRequest, progress: Progress) -> BuildResult:
     bundle.check_files()
     library = load_library(request.target.backend)
     request = replace(request, target=replace(request.target, sms=supported_sms(library, request.target)))
+    _check_formats(bundle, request.target)
     specs = engine_specs(bundle, request.target)
     _check_memory(request, specs)
     plugins = _plugin_library(request, bundle)
@@ -109,6 +110,18 @@ def supported_sms(library: Library, target: Target) -> tuple[int, ...]:
             "copy the bundle to the device and build it there",
         )
     return (here,)
+
+
+def _check_formats(bundle: Bundle, target: Target) -> None:
+    """Refuse what a GPU of the target has no arithmetic for; the library would say so of a node, after minutes."""
+    for form in sorted({*bundle.quantization.values()}):
+        older = [sm for sm in target.sms if sm < OLDEST_SMS.get(form, 0)]
+        if older:
+            raise MissingDependency(
+                f"target {target.name}: the bundle holds {form} weights, which need SM {OLDEST_SMS[form]} or above, "
+                f"not SM {older[0]}",
+                "leave the older GPUs out with --sm, or export with int8 or int4 in the recipe's rules",
+            )
 
 
 @dataclass

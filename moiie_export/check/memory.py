@@ -60,7 +60,8 @@ def predict_memory(config: ModelConfig, weights: Iterable[StoredWeight], target:
         capacity: tokens of the key-value buffers.
     """
     sizes = dict.fromkeys(("vision", "prefill", "decode", "language_experts", "vision_experts"), 0)
-    on_cpu = not target.sms
+    on_cpu = target.backend == "onnxruntime"
+    once = target.backend.startswith("onnxruntime")  # a CPU maps the file, sessions on a GPU share what they read
     for weight in weights:
         size = stored_bytes(weight, target)
         if weight.expert and target.banks == "inputs":
@@ -68,7 +69,7 @@ def predict_memory(config: ModelConfig, weights: Iterable[StoredWeight], target:
             continue
         if PREFILL in weight.graphs:
             sizes["prefill"] += size
-        if DECODE in weight.graphs and not (on_cpu and PREFILL in weight.graphs):  # a CPU maps the file once
+        if DECODE in weight.graphs and not (once and PREFILL in weight.graphs):
             sizes["decode"] += size
         sizes["vision"] += size if not weight.graphs & {PREFILL, DECODE} else 0
     text = config.text
@@ -86,7 +87,7 @@ def stored_bytes(weight: StoredWeight, target: Target) -> int:
     """Bytes of a weight on the device, with its scales."""
     scheme = weight.form.scheme
     if scheme is None:
-        plain = 4 if not target.sms and weight.form.format == "float32" else _BYTES[target.precision]
+        plain = 4 if target.backend == "onnxruntime" and weight.form.format == "float32" else _BYTES[target.precision]
         return weight.elements * plain
     scales = 2 * weight.elements // scheme.group_size if scheme.group_size else 4 * weight.shape[0]
     return weight.elements * scheme.bits // 8 + scales
@@ -102,7 +103,8 @@ def _decoder_work(config: ModelConfig, target: Target, capacity: int) -> int:
     if target.dialect in ("trt10", "cpu", "cuda"):
         total += rows * capacity * text.num_attention_heads * (item + 4)
     if config.moe is not None:
-        copies = config.moe.num_experts if target.plugins != "required" else config.moe.top_k
+        dense = target.plugins != "required" and target.backend.startswith("tensorrt")
+        copies = config.moe.num_experts if dense else config.moe.top_k
         total += rows * copies * item * (3 * text.intermediate_size + 2 * text.hidden_size)
     return total + target.batch * text.vocab_size * 4
 

@@ -47,6 +47,7 @@ class CheckReport:
         return {
             "supported": self.supported,
             "target": asdict(self.target),
+            "expected": self.target.expected,
             "context": self.context,
             "ops": [asdict(row) for row in self.rows],
             "memory": {**memory, "budget": self.target.memory, "fits": self.fits},

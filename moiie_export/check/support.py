@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from moiie_export.check.cuda_support import cuda_lowering
 from moiie_export.check.model_ops import OpUse
-from moiie_export.targets import Target
-
-DIALECT_SMS: Mapping[str, frozenset[int]] = {
-    "rtx": frozenset({75, 80, 86, 89, 120, 121}),
-    "trt10": frozenset({75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
-    "trt11": frozenset({75, 80, 86, 89, 90, 100, 103, 120, 121}),
-}
-"""GPUs that each dialect's library builds for. JetPack (87, 110) has TensorRT 10 only."""
+from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe
 
 PLUGIN_SMS = frozenset({80, 86, 87, 89, 90, 100, 110, 120})
 """GPUs with compiled kernels; others of the same generation run those of a lower number."""
@@ -73,7 +67,8 @@ def judge(use: OpUse, target: Target) -> Row:
     if missing and not found.refused:
         unknown = [sm for sm in missing if known is not None and sm not in known]
         listed = ", ".join(map(str, sorted(known or ())))
-        why = f"{target.backend} builds for {listed}" if unknown else f"needs SM {found.oldest} or above"
+        verb = "is expected to build" if target.expected else "builds"
+        why = f"{target.backend} {verb} for {listed}" if unknown else f"needs SM {found.oldest} or above"
         reason = f"not on SM {', '.join(map(str, missing))}: {why}"
     plain = "float32" if use.op in FLOAT32_OPS else target.precision
     dtype = plain if use.format == "plain" else use.format + (f" / {use.group_size}" if use.group_size else "")
@@ -94,6 +89,10 @@ def _lowering(use: OpUse, target: Target) -> Lowering:
 def _onnxruntime(use: OpUse, target: Target) -> Lowering:
     if use.format in ("fp8", "w8a8"):
         return Lowering("-", "", refused=f"ONNX Runtime has no kernels for {use.format}: use int8 or int4")
+    if target.dialect == "cuda":
+        if target.precision == "bfloat16":
+            return Lowering("-", "", refused="bfloat16 is not written for ONNX Runtime: precision float16 or float32")
+        return Lowering(*cuda_lowering(use, target.precision))
     if use.format == "plain":
         return Lowering("portable graph", "standard ONNX, computed in float32" if not target.sms else "standard ONNX")
     return Lowering(
@@ -109,12 +108,13 @@ def _linear(use: OpUse, target: Target) -> Lowering:
     if use.format == "plain":
         return Lowering("MatMul", "native layer")
     if use.format == "int4":
-        return Lowering("DequantizeLinear(int4) + MatMul", "weights stay in 4 bits in the engine", 80)
+        return Lowering("DequantizeLinear(int4) + MatMul", "weights stay in 4 bits in the engine", OLDEST_SMS["int4"])
     if use.format == "int8":
         return Lowering("DequantizeLinear(int8) + MatMul", "weights stay in 8 bits in the engine")
     if use.format == "fp8":
-        return Lowering("DequantizeLinear(fp8) + MatMul", "weights in E4M3, one scale a row", 89)
-    return Lowering("QuantizeLinear + MatMul(int8)", "activations rounded with the calibrated scale", 75)
+        return Lowering("DequantizeLinear(fp8) + MatMul", "weights in E4M3, one scale a row", OLDEST_SMS["fp8"])
+    reason = "activations rounded with the calibrated scale"
+    return Lowering("QuantizeLinear + MatMul(int8)", reason, OLDEST_SMS["w8a8"])
 
 
 def _norm(_: OpUse, target: Target) -> Lowering:
@@ -183,6 +183,8 @@ def _experts(use: OpUse, target: Target) -> Lowering:
     refused = _refused_experts(use, target)
     if refused:
         return Lowering("-", "", refused=refused)
+    if has_native_moe(target):
+        return Lowering("TRT_MoE", "native layer; never built here")
     if target.plugins != "required":
         name = "dense, all experts" if target.plugins == "off" else "plugin if loaded, else dense"
         return Lowering(name, "every token through every expert: right, and slow")

@@ -1,10 +1,12 @@
-"""Quantised layers -> MatMulNBits of ONNX Runtime, for machines on which our own kernels cannot be compiled.
+"""Quantised layers -> MatMulNBits of ONNX Runtime: for GPUs, and CPUs on which our own kernels cannot be compiled.
 
 The bodies of the quantised ops are written out, and where they multiply by a weight that they have just dequantised,
 MatMulNBits does both at once. With accuracy level 4 it rounds activations to int8 in blocks, as our kernels do.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -14,18 +16,36 @@ from moiie_export.graph.passes import attach_bodies
 from moiie_export.graph.rewriting import CONTRIB, fixed_sizes, initializer_for_later, insert, producer, replace
 from moiie_export.ops import DOMAIN
 
-_INT8_ACTIVATIONS = 4
 _QUANTISED = ("QuantizedLinear", "QuantizedExpertDispatch")
 
 
-def lower_to_contrib(model: ir.Model, plan: Plan) -> None:
-    """Replace QuantizedLinear and QuantizedExpertDispatch of int4 and int8 weights in groups; fill the plan."""
+@dataclass(frozen=True)
+class NBits:
+    """How MatMulNBits is to compute.
+
+    Attributes:
+        scales: type of scales, which is that of activations.
+        accuracy_level: 4: activations are rounded to int8 in blocks; 0: they stay what they are.
+    """
+
+    scales: ir.DataType = ir.DataType.FLOAT
+    accuracy_level: int = 4
+
+
+def lower_to_contrib(model: ir.Model, plan: Plan, form: NBits | None = None) -> None:
+    """Replace QuantizedLinear and QuantizedExpertDispatch of int4 and int8 weights in groups; fill the plan.
+
+    Args:
+        model: a graph with bare nodes.
+        plan: gets the weights that MatMulNBits reads.
+        form: None for that of a CPU.
+    """
     attach_bodies(model)
     common.InlinePass(lambda function: function.domain == DOMAIN and function.name in _QUANTISED)(model)
     for node in list(model.graph):
         product = _product(node)
         if product is not None:
-            _rewrite(model, node, product, plan)
+            _rewrite(model, node, (plan, form or NBits()), product)
     model.functions.clear()
 
 
@@ -39,8 +59,10 @@ def _product(node: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value] | None:
     return None if values is None or scales is None else (dequantize, values, scales)
 
 
-def _rewrite(model: ir.Model, node: ir.Node, product: tuple[ir.Node, ir.Value, ir.Value], plan: Plan) -> None:
-    dequantize, values, scales = product
+def _rewrite(
+    model: ir.Model, node: ir.Node, into: tuple[Plan, NBits], product: tuple[ir.Node, ir.Value, ir.Value]
+) -> None:
+    (plan, form), (dequantize, values, scales) = into, product
     stored, stored_scales = values.const_value, scales.const_value
     assert isinstance(stored, ir.ExternalTensor)
     assert isinstance(stored_scales, ir.ExternalTensor)
@@ -52,7 +74,7 @@ def _rewrite(model: ir.Model, node: ir.Node, product: tuple[ir.Node, ir.Value, i
     inputs = [
         node.inputs[0],
         initializer_for_later(model, weight.name, ir.DataType.UINT8, (rows, columns // group, group * bits // 8)),
-        initializer_for_later(model, str(scales.name), ir.DataType.FLOAT, (rows, columns // group)),
+        initializer_for_later(model, str(scales.name), form.scales, (rows, columns // group)),
     ]
     made = insert(
         node,
@@ -64,6 +86,6 @@ def _rewrite(model: ir.Model, node: ir.Node, product: tuple[ir.Node, ir.Value, i
         N=rows,
         bits=bits,
         block_size=group,
-        accuracy_level=_INT8_ACTIVATIONS,
+        accuracy_level=form.accuracy_level,
     )
     replace(node.outputs[0], made.outputs[0])

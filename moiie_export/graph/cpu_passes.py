@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -110,12 +109,3 @@ def _collect(model: ir.Model, into: Lowered) -> None:
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor) and not is_for_later(value):
             into.plain[name] = value.const_value
-
-
-def point_at(models: Iterable[ir.Model], tensors: dict[str, ir.ExternalTensor]) -> None:
-    """Give every initialiser of these graphs that lies in the engine's file its place there."""
-    for model in models:
-        for name, value in model.graph.initializers.items():
-            tensor = tensors.get(name)
-            if tensor is not None:
-                value.const_value, value.shape, value.dtype = tensor, tensor.shape, tensor.dtype

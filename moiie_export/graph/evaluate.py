@@ -30,13 +30,13 @@ def evaluate(
             wanted += [value for value in node.inputs if value is not None]
     needed = {value for node in nodes for value in node.inputs if value is not None}
     inputs = [value for value in model.graph.inputs if value in needed]
-    constants = [value.const_value for value in model.graph.initializers.values() if value in needed]
+    constants = [_constant(value) for value in model.graph.initializers.values() if value in needed]
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in model.graph if node in nodes],
         "part",
         [ir.serde.serialize_value(value) for value in inputs],
         [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None) for value in values],
-        [ir.serde.serialize_tensor(tensor) for tensor in constants if tensor is not None],
+        constants,
     )
     part = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", model.opset_imports[""])], ir_version=model.ir_version
@@ -44,3 +44,11 @@ def evaluate(
     with OnnxRuntimeSession(part.SerializeToString(), component="tables", threads=1) as session:
         results = session.run({str(value.name): feeds[str(value.name)] for value in inputs})
     return [results[str(value.name)] for value in values]
+
+
+def _constant(value: ir.Value) -> onnx.TensorProto:
+    """The initialiser under the value's name, which its tensor need not have."""
+    assert value.const_value is not None
+    tensor = ir.serde.serialize_tensor(value.const_value)
+    tensor.name = str(value.name)
+    return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,15 +109,26 @@ def _cast_where_used(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor
     model.graph.insert_before(model.graph[0], node)
 
 
+ORIGIN = "torch"
+"""Metadata of a node: the module of the reference model that it comes from."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
 def strip_metadata(model: ir.Model, context: PassContext) -> None:
-    """Remove what the exporter notes about the tracing machine (source lines, paths) and its symbolic shapes."""
+    """Remove what the exporter notes about the tracing machine (source lines, paths) and its symbolic shapes.
+
+    Of all that, the name of each node's module stays.
+    """
     model.producer_name, model.producer_version = "moiie-export", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name = context.component.name
     boundary = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
     for node in model.graph:
+        module = _module(node)
         node.metadata_props.clear()
+        if module:
+            node.metadata_props[ORIGIN] = module
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
@@ -125,6 +137,16 @@ def strip_metadata(model: ir.Model, context: PassContext) -> None:
                 value.type = None
     for value in boundary:
         value.metadata_props.clear()
+
+
+def _module(node: ir.Node) -> str:
+    """The innermost module that the exporter names for a node; empty where it names none."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    except (SyntaxError, ValueError):
+        return ""
+    module = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
+    return "" if module.startswith("_") else module  # the exporter's word for "no module"
 
 
 def check_attributes(model: ir.Model, context: PassContext) -> None:

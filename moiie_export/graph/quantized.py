@@ -126,6 +126,8 @@ def _stored(model: ir.Model, weight: ir.Value, scheme: Scheme, storage: Storage)
 
 def _substitute(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
     """Put nodes in the place of one; the last takes over its output's name, type and readers."""
+    for each in made:
+        each.metadata_props.update(node.metadata_props)
     old, new = node.outputs[0], made[-1].outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
     for index, output in enumerate(list(model.graph.outputs)):

@@ -91,8 +91,13 @@ def is_for_later(value: ir.Value) -> bool:
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads `old` read `new`, the graph's outputs too, which keep their name."""
+    """Let everything that reads `old` read `new`, the graph's outputs too, which keep their name.
+
+    A value that was just made takes over the old one's name, by which parity finds it again.
+    """
     graph = old.graph
+    if new.producer() is not None and not new.uses() and not new.is_graph_output() and not old.is_graph_output():
+        old.name, new.name = f"{old.name}.replaced", old.name
     if graph is not None and old.is_graph_output():
         name, shape, kind = old.name, old.shape, old.type
         for index, output in enumerate(list(graph.outputs)):

@@ -17,6 +17,7 @@ from moiie_export.graph.trt_attention import lower_cached_attention
 from moiie_export.graph.trt_context import EXACT, TrtContext
 from moiie_export.graph.trt_experts import attach_dense_body, lower_experts
 from moiie_export.graph.trt_inline import inline_bodies
+from moiie_export.graph.trt_moe import lower_native_moe
 from moiie_export.graph.trt_precision import convert_precision
 from moiie_export.graph.trt_prepare import lift_constants, prepare
 from moiie_export.graph.trt_quantized import lower_quantized_linear
@@ -64,7 +65,7 @@ _FIRST: tuple[Pass, ...] = (prepare, strip_defaults, lower_quantized_linear, low
 _LAST: tuple[Pass, ...] = (convert_precision, attach_dense_body, inline_bodies, finish)
 DIALECTS: dict[str, tuple[Pass, ...]] = {
     "rtx": (*_FIRST, lower_encoder_attention, *_LAST, check_rules),
-    "trt11": (*_FIRST, lower_encoder_attention, *_LAST, check_rules),
+    "trt11": (*_FIRST, lower_native_moe, lower_encoder_attention, *_LAST, check_rules),
     "trt10": (*_FIRST, lower_to_standard, *_LAST, use_old_opset, check_rules),
 }
 """dialect -> its passes, in order."""

@@ -41,6 +41,7 @@ class TrtContext:
         decode_experts: global ids that a decode step can reach, by layer.
         islands: names of weights whose linear layers stay float32.
         banks: filled by the passes: experts that became inputs.
+        bodies: filled by the passes: node -> the portable body that the bundle gives it.
         attention: filled by the passes: how decoder attention is masked, `lower_right`, `mask`, or "" without any.
         aliases: filled by the passes: output -> input that shares its buffer.
         inputs, outputs: filled by the builder: name -> name, dtype and shape, as manifests say it.
@@ -51,6 +52,7 @@ class TrtContext:
     decode_experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     islands: frozenset[str] = frozenset()
     banks: list[Bank] = field(default_factory=list)
+    bodies: dict[str, ir.Function] = field(default_factory=dict)
     attention: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)

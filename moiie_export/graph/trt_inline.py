@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import onnx.parser
 import onnx_ir as ir
 
 from moiie_export.graph.rewriting import replace
 from moiie_export.graph.trt_context import TrtContext
-from moiie_export.ops import DOMAIN, OPS
+from moiie_export.ops import DOMAIN
 
 
 def inline_bodies(model: ir.Model, context: TrtContext) -> None:
     """Replace `moiie` nodes that no plugin computes by the statements of their bodies."""
     for node in list(model.graph):
-        if node.domain == DOMAIN and "plugin_namespace" not in node.attributes:
-            _inline(model, node, _body(model, node))
+        if node.domain != DOMAIN or "plugin_namespace" in node.attributes:
+            continue
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            model.graph.remove(node, safe=True)
+        else:
+            _inline(model, node, _body(model, node, context))
     used = {(node.domain, node.op_type) for node in model.graph}
     for key in [key for key in model.functions if key[:2] not in used]:
         del model.functions[key]
 
 
-def _body(model: ir.Model, node: ir.Node) -> ir.Function:
-    """The function that was attached for this purpose, or the op's portable one."""
-    attached = model.functions.get((node.domain, node.op_type, ""))
-    if attached is not None:
-        return attached
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    return ir.serde.deserialize_function(
-        onnx.parser.parse_function(OPS[node.op_type].body(attributes, len(node.inputs)))
-    )
+def _body(model: ir.Model, node: ir.Node, context: TrtContext) -> ir.Function:
+    """The function that was attached for this purpose, or the portable one of the bundle's graph."""
+    body = model.functions.get((node.domain, node.op_type, "")) or context.bodies.get(str(node.name))
+    if body is None:
+        raise context.error(node, "the bundle's graph has no body for it", "export the bundle again")
+    return body
 
 
 def _inline(model: ir.Model, call: ir.Node, body: ir.Function) -> None:

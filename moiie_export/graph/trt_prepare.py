@@ -16,7 +16,17 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def prepare(model: ir.Model, context: TrtContext) -> None:
-    """Drop bodies, make Constant nodes initialisers, let casts of stored weights vanish, make batch and kept numbers."""
+    """What `flatten` does, and batch and kept become numbers."""
+    for node in model.graph:
+        if node.op_identifier() in model.functions:
+            context.bodies[str(node.name)] = model.functions[node.op_identifier()]
+    flatten(model)
+    _fix_dimensions(model, context)
+    clean(model)
+
+
+def flatten(model: ir.Model) -> None:
+    """Drop bodies, make Constant nodes initialisers, let casts of stored weights vanish."""
     model.functions.clear()  # a parser would take a portable body where the plugin is missing
     for node in model.graph:
         node.overload = ""
@@ -24,8 +34,6 @@ def prepare(model: ir.Model, context: TrtContext) -> None:
     _drop_storage_casts(model)
     _resolve_cast_like(model)
     _fold(model)
-    _fix_dimensions(model, context)
-    clean(model)
 
 
 def lift_constants(model: ir.Model) -> None:

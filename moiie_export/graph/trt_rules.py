@@ -43,6 +43,7 @@ _PLUGIN = frozenset({"plugin_version", "plugin_namespace"})
 NATIVE_ATTRIBUTES: Mapping[str, frozenset[str]] = {
     "TRT_Attention": frozenset({"causal_kind", "query_form", "TRT_decomposable"}),
     "TRT_KVCacheUpdate": frozenset(),
+    "TRT_MoE": frozenset({"activation_type"}),
 }
 PLUGIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
     "ExpertDispatch": _PLUGIN | {"experts"},

@@ -13,7 +13,13 @@ from moiie_export.model_config import ModelConfig
 from moiie_export.quantize.banks import BANKS, EXPERTS, NEVER, PLAIN_ONLY, bank_of
 from moiie_export.quantize.methods import CALIBRATED
 from moiie_export.quantize.scheme import GROUP_SIZES, GROUPED, Scheme
-from moiie_export.recipe_quantization import DEFAULT_GROUP, DEFAULT_METHOD, QuantizationSection, QuantRule
+from moiie_export.recipe_quantization import (
+    DEFAULT_GROUP,
+    DEFAULT_METHOD,
+    EXPERTS_ADVICE,
+    QuantizationSection,
+    QuantRule,
+)
 from moiie_export.weights import Shape, Weight, WeightMap
 from moiie_runtime.errors import Unsound
 
@@ -91,8 +97,8 @@ def resolve(section: QuantizationSection, dtype: str, weight_map: WeightMap, con
         config: tells which expert is in which bank.
 
     Raises:
-        Unsound: listing every rule that matches nothing, only what is never quantised, only what earlier rules took, or
-            rows that its group does not divide.
+        Unsound: listing every rule that matches nothing, only what is never quantised, only what earlier rules took,
+            rows that its group does not divide, or experts for a format that has no kernel for them.
     """
     groups = None if config.moe is None else {str(name): ids for name, ids in config.moe.expert_groups.items()}
     candidates = [
@@ -112,8 +118,7 @@ def resolve(section: QuantizationSection, dtype: str, weight_map: WeightMap, con
     for weight in weight_map.weights:
         kept = Form("float32" if weight.keep_float32 else dtype)
         stored = {name: chosen.get(name, kept) for name in weight.parameters()}
-        apart = weight.views and any(each.format == "w8a8" for each in stored.values())  # one input scale a tensor
-        alike = len(set(stored.values())) == 1 and not apart
+        alike = len(set(stored.values())) == 1
         for each in [weight] if alike else experts_apart(weight):
             weights.append(each)
             forms[each.name] = next(iter(stored.values())) if alike else stored[each.name]
@@ -142,6 +147,9 @@ def _apply(rule: QuantRule, candidates: list[_Candidate], chosen: dict[str, Form
         yield f"match {_words(rule.match)}: earlier rules decide about all of it; put the special rule first"
     if scheme is not None:
         yield from _indivisible(rule, scheme, fresh)
+        experts = [each.name for each in fresh if each.bank in EXPERTS]
+        if experts and not scheme.grouped:
+            yield f"match {_words(rule.match)}: {experts[0]}: experts have no {rule.format} form; {EXPERTS_ADVICE}"
     chosen |= {each.name: form for each in fresh}
 
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interpret", action="store_true", help="toy sizes in Triton's interpreter, without a GPU")
-    parser.add_argument("--only", choices=["numerics", "speed"], help="half of it")
+    parser.add_argument("--only", choices=["numerics", "speed", "pipeline"], help="a part of it")
     parser.add_argument("--formats", nargs="+", default=[], help="of weights, for speed; default: all")
+    parser.add_argument("--bundle", type=Path, help="for the pipeline; default: the smallest is exported here")
+    parser.add_argument("--plugins", type=Path, help="libmoiie_plugins.so, for the pipeline; default: dense experts")
     parser.add_argument("--json", type=Path, help="a file of JSON lines to add the results to")
     return parser.parse_args()
 
@@ -42,23 +44,32 @@ def main() -> int:
         major, minor = torch.cuda.get_device_capability()
         place = Place(torch.device("cuda"), 10 * major + minor, toy=False)
     found = []
-    if arguments.only != "speed":
+    if arguments.only in (None, "numerics"):
         for outcome in outcomes(place):
             found.append(outcome)
             print(f"{'ok  ' if outcome.passed else 'FAIL'} {outcome.error:9.2e} <= {outcome.bound:.1e}  {outcome.name}")
     measured = []
-    if arguments.only != "numerics":
+    if arguments.only in (None, "speed"):
         from tests.gpu.speed import rows
 
         for row in rows(place, arguments.formats):
             measured.append(row)
             print(f"measured: {row.what}", file=sys.stderr)
+    steps = []
+    if arguments.only in (None, "pipeline"):
+        from tests.gpu.pipeline import pipeline_steps
+
+        steps = list(pipeline_steps(place.sm, arguments.bundle, arguments.plugins))
     device = "the interpreter" if arguments.interpret else torch.cuda.get_device_name()
     about = {"device": device, "sm": place.sm, **environment(("torch", "triton", "numpy"))}
-    append(arguments.json, {**about, "numerics": [asdict(o) for o in found], "speed": [asdict(r) for r in measured]})
+    parts = {"numerics": found, "speed": measured, "pipeline": steps}
+    append(arguments.json, {**about, **{name: [asdict(each) for each in part] for name, part in parts.items()}})
     _print_table(about, measured)
-    wrong = [outcome.name for outcome in found if not outcome.passed]
-    print(f"\n{len(found) - len(wrong)} of {len(found)} checks passed{': wrong: ' + '; '.join(wrong) if wrong else ''}")
+    for step in steps:
+        print(f"{step.what:58} {step.outcome}")
+    wrong = [outcome.name for outcome in found if not outcome.passed] + [step.what for step in steps if step.failed]
+    count = len(found) + len(steps)
+    print(f"\n{count - len(wrong)} of {count} checks passed{': wrong: ' + '; '.join(wrong) if wrong else ''}")
     return 1 if wrong else 0
 
 

@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from moiie_export.builders import BuildResult
+from moiie_runtime.errors import MissingDependency, MoiieError
 from tests.plugins.interpreter import needs_triton
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +42,71 @@ def test_the_script_measures_and_prints_its_table_last(tmp_path: Path) -> None:
     assert "decode toy float16" in table
     assert "prefill toy float16: PyTorch grouped" in table
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_pipeline_without_tensorrt_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.gpu import pipeline
+
+    monkeypatch.setattr(pipeline, "BACKENDS", {"tensorrt": "server", "tensorrt_of_nowhere": "rtx"})
+    monkeypatch.setattr(pipeline, "_importable", lambda name: False)
+    (step,) = pipeline.pipeline_steps(90, None, None)
+    assert step.outcome == "not run: none of tensorrt, tensorrt_of_nowhere can be imported here"
+    assert not step.failed
+
+
+class Answering:
+    """A VLM that gives one answer."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def __enter__(self) -> Answering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def generate_prompt(self, *_: object, **__: object) -> Any:
+        return SimpleNamespace(token_ids=self.tokens)
+
+
+@pytest.mark.parametrize(
+    ("engine", "outcome"),
+    [
+        ([1, 2], "ok: 2 of 2 are those of ONNX Runtime"),
+        ([1, 3], "FAIL: 0 of 2 are those of ONNX Runtime"),
+        (MissingDependency("there is no driver"), "not run: there is no driver"),
+        (MoiieError("a wrong shape"), "FAIL: a wrong shape"),
+        (ImportError("no cuda"), "not run: no cuda"),
+    ],
+)
+def test_the_pipeline_compares_tokens_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any, outcome: str
+) -> None:
+    from tests.gpu import pipeline
+
+    asked: list[Any] = []
+
+    def build(request: Any, _: object) -> BuildResult:
+        asked.append(request)
+        return BuildResult(request.output, False, 1.0, {"a": {}})
+
+    def load(_: Path, target: str) -> Answering:
+        if target == "portable":
+            return Answering([1, 2])
+        if isinstance(engine, Exception):
+            raise engine
+        return Answering(engine)
+
+    monkeypatch.setattr(pipeline, "BACKENDS", {"tensorrt": "server"})
+    monkeypatch.setattr(pipeline, "_importable", lambda _: True)
+    monkeypatch.setattr("moiie_export.builders.build", build)
+    monkeypatch.setattr("moiie_runtime.load", load)
+    (tmp_path / "bundle").mkdir()
+    steps = list(pipeline.pipeline_steps(90, tmp_path / "bundle", None))
+    assert [step.outcome for step in steps] == ["ok: 1 files in 1.0 s", outcome]
+    assert steps[-1].failed == outcome.startswith("FAIL")
+    assert (asked[0].target.sms, asked[0].target.plugins) == ((90,), "off")
 
 
 def test_without_a_gpu_it_says_so() -> None:

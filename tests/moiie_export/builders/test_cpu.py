@@ -14,8 +14,9 @@ import onnx
 import pytest
 
 import moiie_runtime as mr
-from moiie_export.builders import BuildRequest, BuildResult, build, cpu, plan
+from moiie_export.builders import BuildRequest, BuildResult, build, plan
 from moiie_export.targets import Target, find_target
+from moiie_runtime import native
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.tensors import TensorFile
 from tests.exports import SMALLEST, exported
@@ -54,7 +55,7 @@ def portable(bundle: Path) -> mr.Generation:
 @pytest.fixture(params=["kernels", "contrib"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "contrib":
-        monkeypatch.setattr(cpu, "_has_kernels", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
     return str(request.param)
 
 
@@ -176,6 +177,26 @@ def test_a_second_build_does_nothing(bundle: Path) -> None:
     assert build(BuildRequest(bundle, target), lambda *_: None).cached
     assert plan(BuildRequest(bundle, target)).cached
     assert (first.path / "engine.json").stat().st_mtime_ns == before
+
+
+def test_a_plan_compiles_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: pytest.fail("the kernels were asked for"))
+    assert plan(BuildRequest(bundle, find_target("cpu"), force=True)).notes == ()
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert "no C++ compiler" in plan(BuildRequest(bundle, find_target("cpu"), force=True)).notes[0]
+
+
+def test_a_compiler_that_comes_later_makes_another_build(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = BuildRequest(bundle, find_target("cpu"))
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "available", lambda: False)
+        build(replace(request, force=True), lambda *_: None)
+        assert plan(request).cached
+    assert not plan(request).cached
+    path = build(request, lambda *_: None).path
+    assert ("moiie.cpu", "QLinear") in nodes(path / "decoder_decode.onnx")
+    monkeypatch.setattr(native, "LAYOUT", 999)
+    assert not plan(request).cached, "weights in another layout are packed again"
 
 
 def test_the_same_build_has_the_same_bytes(bundle: Path) -> None:

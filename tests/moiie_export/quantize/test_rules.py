@@ -79,10 +79,10 @@ def test_a_stack_whose_experts_differ_is_taken_apart(source: ModelSource) -> Non
     assert all(sum(prod(part.used_shape) for part in weight.parts) == prod(weight.shape) for weight in split)
 
 
-def test_experts_with_an_input_scale_each_are_taken_apart(source: ModelSource) -> None:
-    found = resolved(source, rule("experts", "w8a8"))
-    assert GATE_UP not in found.forms
-    assert len(found.calibrated) == 2 * 2 * 4
+def test_experts_have_no_form_with_a_scale_per_row(source: ModelSource) -> None:
+    with pytest.raises(Unsound, match=r"match '\*': decoder\..*\.experts\..*: experts have no w8a8 form; put a rule for"):
+        resolved(source, rule("*", "w8a8"))
+    assert resolved(source, rule("experts", "float16"), rule("*", "w8a8")).forms[GATE_UP] == Form("float16")
 
 
 def test_what_cannot_be_quantised_is_passed_over(source: ModelSource) -> None:

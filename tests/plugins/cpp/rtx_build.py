@@ -16,8 +16,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from moiie_export.builders.compile_engine import load_plugins
-from moiie_export.builders.library import Library, load_library
+from moiie_export.builders.library import Library, load_library, load_plugins
 from moiie_plugins.refusals import take_refusals
 from tests.plugins.cpp.nodes import EXAMPLES, Example
 

@@ -7,10 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
+from moiie_export.builders.compile_engine import EngineJob
+from moiie_export.builders.engine_process import run_job
+from moiie_export.builders.engine_specs import Profile
+from moiie_runtime.errors import MoiieError
+from tests.plugins.cpp.nodes import EXAMPLES
+from tests.plugins.cpp.rtx_build import graph
 from tests.plugins.cpp.shell import ROOT, released
 
 pytestmark = pytest.mark.skipif(
@@ -50,3 +58,15 @@ def test_a_refusal_says_why(builds: list[dict[str, Any]]) -> None:
     (wrong,) = (each for each in builds if each["wrong"])
     assert wrong["bytes"] is None
     assert any("axis 2 ('I') must be 48, not 49" in each for each in wrong["refusals"])
+
+
+def test_a_build_fails_with_the_plugins_own_sentence(tmp_path: Path) -> None:
+    """What TensorRT says of it is that a plugin returned an error."""
+    path = tmp_path / "wrong.onnx"
+    onnx.save(graph(EXAMPLES["decode"](), wrong=True), path)
+    profile = Profile("one", {"T": (1, 1, 1)})
+    job = EngineJob("wrong", path, tmp_path / "wrong.engine", (profile,), (89,), released().library)
+    with pytest.raises(MoiieError, match=r"ExpertDispatch: .*axis 2 \('I'\) must be 48, not 49.*TensorRT: ") as caught:
+        run_job("tensorrt_rtx", job, lambda *_: None)
+    assert "node" in caught.value.message
+    assert not job.output.exists()

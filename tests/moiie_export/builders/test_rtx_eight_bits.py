@@ -1,0 +1,93 @@
+"""fp8 and w8a8 rules from export to engines: graphs agree with their weights, GPUs without the arithmetic are refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from moiie_export.builders import BuildRequest
+from moiie_export.builders.compile_engine import EngineJob
+from moiie_export.builders.engine_process import run_job
+from moiie_export.builders.engine_specs import Profile
+from moiie_export.builders.plan_file import plan_text
+from moiie_export.builders.tensorrt import build_engines
+from moiie_export.parity import check_parity
+from moiie_export.recipe import CalibrationSection
+from moiie_export.recipe_parity import ParityCase
+from moiie_export.recipe_quantization import QuantizationSection, QuantRule
+from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
+from moiie_runtime.errors import MissingDependency
+from tests.conftest import GOLDEN
+from tests.exports import BUNDLES, SMALLEST, Exported, _kept, small_recipe, sources_digest
+from tests.moiie_export.parity.conftest import CONTEXT
+from tests.moiie_export.parity.test_quantised import LOOSE, bound
+from tests.rtx import need_rtx
+from tests.synthetic import write_checkpoint
+from tests.trt_graphs import dialect_feeds, feeds, lowered, target
+from tests.trt_reference import run_dialect
+
+RULES = (QuantRule(("attention",), "fp8"), QuantRule(("lm_head", "projector"), "w8a8"))
+PICTURE = GOLDEN / "moiie_phi3" / "inputs" / "image_0.png"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base() -> Exported:
+    """One layer of decoder with attention in fp8, its head and the projector in w8a8."""
+    cases = (ParityCase("What is this?", (PICTURE,)), ParityCase("Name a colour, and say why."))
+    recipe = replace(
+        small_recipe(max_context=CONTEXT),
+        quantization=QuantizationSection(RULES),
+        calibration=CalibrationSection(cases=cases),
+    )
+    folder = BUNDLES / sources_digest() / "eight-bits"
+    result = Exported(folder / "checkpoint", folder / "bundle", recipe)
+    return _kept(result, folder, lambda: write_checkpoint(result.checkpoint, **SMALLEST))
+
+
+@pytest.fixture
+def copied(base: Exported, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base.bundle, tmp_path / "bundle"))
+
+
+def test_the_bundle_is_the_checkpoint_within_its_bounds(base: Exported, copied: Path) -> None:
+    bound(copied, fp8=LOOSE, int8=LOOSE)
+    report = check_parity(copied, base.checkpoint)
+    assert report, [check for check in report.checks if not check.passed]
+    assert {"weights"} & {word for check in report.checks for word in check.name.split()}
+
+
+def test_a_dialects_graph_computes_the_portable_one(base: Exported, tmp_path: Path) -> None:
+    component = "decoder_decode"
+    with OnnxRuntimeSession(base.bundle / "onnx" / f"{component}.onnx", threads=1) as session:
+        wanted = session.run(feeds(base.bundle, component))["logits"]
+    for name in ("rtx", "orin"):
+        made = lowered(base.bundle, component, target(name, plugins="off", precision="float32"))
+        stored = {node.inputs[0].dtype for node in made.nodes("DequantizeLinear") if node.inputs[0] is not None}
+        assert {ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8} <= stored
+        assert len(made.nodes("QuantizeLinear")) == 1, "the head's rows are rounded"
+        found = run_dialect(made.save(tmp_path), dialect_feeds(made, feeds(base.bundle, component)))["logits"]
+        assert np.abs(found - wanted).max() < 1e-4 * max(1.0, np.abs(wanted).max())
+
+
+def test_it_builds_where_there_is_float8(base: Exported, tmp_path: Path) -> None:
+    need_rtx()
+    graph = lowered(base.bundle, "decoder_decode", target("rtx", plugins="off")).save(tmp_path)
+    job = EngineJob("decode", graph, tmp_path / "decode.engine", (Profile("decode", {}),), (89, 120))
+    run_job("tensorrt_rtx", job, lambda *_: None)
+    text = plan_text(job.output.read_bytes())
+    assert "type=fp8_e4m3" in text
+    assert "type=int8" in text
+
+
+def test_an_older_gpu_is_refused_before_anything_is_built(copied: Path) -> None:
+    need_rtx()
+    with pytest.raises(MissingDependency, match=r"holds fp8 weights, which need SM 89 or above, not SM 86") as caught:
+        build_engines(BuildRequest(copied, target("rtx", sms=(86, 89))), lambda *_: None)
+    assert "--sm" in str(caught.value.hint)
+    assert not (copied / "engines").exists()
