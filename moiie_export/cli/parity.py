@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,12 +11,16 @@ from moiie_export.cli.common import BUNDLE_ARGUMENT, CONTEXT, JSON_OPTION, VERBO
 from moiie_export.cli.progress import Progress
 from moiie_runtime.errors import Unsound
 
+if TYPE_CHECKING:
+    from moiie_export.parity.report import Report
+
 EPILOG = """\b
 Examples:
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --recipe my.yaml
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --report report.html
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --ranges
+  moiie parity moiie-phi3.bundle --bisect --target cpu
 
 Both models get the same pictures and texts: those of the recipe's
 parity.cases, or made-up ones. Compared, in this order: names, shapes, dtypes,
@@ -26,6 +30,10 @@ file that needs neither network nor scripts.
 
 A bundle with quantised weights is compared twice: its graphs with what its own
 weights say, and these with the checkpoint's (parity.bounds.int8, int4, fp8).
+
+--bisect needs no checkpoint: it gives a built form and the bundle's own graphs the
+same inputs and names the first node whose result differs by more than the
+recipe's bounds. Exits 3 when there is one.
 
 --ranges compares nothing: it runs the checkpoint on the same prompts and shows
 how large every layer's inputs and outputs get, by expert and modality, and
@@ -37,10 +45,9 @@ which do not fit float16.
 @BUNDLE_ARGUMENT
 @click.option(
     "--checkpoint",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The checkpoint that the bundle was exported from.",
+    help="The checkpoint that the bundle was exported from; needed without --bisect.",
 )
 @click.option(
     "--vision-tower",
@@ -66,13 +73,29 @@ which do not fit float16.
 @click.option(
     "--target", metavar="TARGET", help="Compare a form that `moiie build` made.  [default: the bundle's own graphs]"
 )
+@click.option("--bisect", is_flag=True, help="Find the first node of TARGET that differs from the bundle's own graphs.")
+@click.option(
+    "--polygraphy", is_flag=True, help="Let Polygraphy run both sides, one graph after another, and compare them."
+)
 @click.option("--ranges", is_flag=True, help="Measure how large activations get in the checkpoint's model instead.")
 @JSON_OPTION
 @VERBOSE_OPTION
-def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: str | None, **rest: Any) -> None:
+def command(bundle: Path, checkpoint: Path | None, vision_tower: Path | None, recipe: str | None, **rest: Any) -> None:
     """Compare a bundle with its checkpoint in PyTorch."""
-    ranges, as_json, target = (rest.pop(name) for name in ("ranges", "as_json", "target"))
-    outputs: dict[str, Path | None] = rest
+    outputs: dict[str, Path | None] = {name: rest.pop(name) for name in ("page", "pictures")}
+    as_json, target = rest["as_json"], rest["target"]
+    if rest["bisect"]:
+        from moiie_export.cli.bisect import show_bisection
+
+        if target is None:
+            raise click.UsageError("--bisect goes with --target: it looks into what `moiie build` made")
+        show_bisection(bundle, target, as_json=as_json)
+        return
+    if checkpoint is None:
+        raise click.UsageError("missing option '--checkpoint'")
+    for name in ("ranges", "polygraphy"):
+        if rest[name] and any(outputs.values()):
+            raise click.UsageError(f"--{name} makes no report: leave --report and --png out, or use --json")
     from moiie_export.cli.sources import checkpoint_directory, need_extra
     from moiie_export.recipe import load_recipe
     from moiie_runtime.bundle import Bundle
@@ -81,13 +104,32 @@ def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: s
     checkpoint_directory(checkpoint)
     cases = None if recipe is None else load_recipe(recipe).parity.cases
     need_extra("export")
-    if ranges:
+    if rest["ranges"]:
         from moiie_export.cli.ranges import show_ranges
 
-        if any(outputs.values()):
-            raise click.UsageError("--ranges makes no report: leave --report and --png out, or use --json")
         show_ranges(checkpoint, vision_tower, cases, as_json=as_json)
         return
+    _prepare(outputs)
+    progress = Progress()
+    if rest["polygraphy"]:
+        need_extra("polygraphy")
+        from moiie_export.parity.polygraphy import compare_with_polygraphy
+
+        report = compare_with_polygraphy(bundle, checkpoint, vision_tower, target, progress)
+    else:
+        from moiie_export.parity import check_parity
+
+        report = check_parity(
+            bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress, target=target
+        )
+    progress.finish()
+    _show(report, (bundle, checkpoint), outputs, as_json=as_json)
+
+
+def _prepare(outputs: dict[str, Path | None]) -> None:
+    """Refuse what would fail when all has been compared."""
+    from moiie_export.cli.sources import need_extra
+
     need_extra("cpu")
     if outputs["pictures"] is not None:
         need_extra("report")
@@ -95,11 +137,9 @@ def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: s
         from moiie_export.report import prepare
 
         prepare(**outputs)
-    from moiie_export.parity import check_parity
 
-    progress = Progress()
-    report = check_parity(bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress, target=target)
-    progress.finish()
+
+def _show(report: Report, compared: tuple[Path, Path], outputs: dict[str, Path | None], *, as_json: bool) -> None:
     if as_json:
         emit_json(report.to_dict())
     else:
@@ -111,7 +151,7 @@ def command(bundle: Path, checkpoint: Path, vision_tower: Path | None, recipe: s
         if first is not None and first.stage == "files":
             hint = "copy the bundle again, or write it again with `moiie export`"
         more = f"; see {written}" if written else ""
-        raise Unsound(f"{bundle} is not the model of {checkpoint}: {report.verdict()}{more}", hint)
+        raise Unsound(f"{compared[0]} is not the model of {compared[1]}: {report.verdict()}{more}", hint)
     if written:
         note(f"written: {written}")
 

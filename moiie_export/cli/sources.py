@@ -16,6 +16,7 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "transformers"),
     "report": ("matplotlib",),
+    "polygraphy": ("polygraphy", "onnx_graphsurgeon"),
 }
 
 

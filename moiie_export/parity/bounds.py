@@ -8,9 +8,26 @@ from typing import Any, get_type_hints
 
 from moiie_export.recipe_parity import Bounds, BoundsByDtype, QuantizedBounds
 from moiie_runtime.bundle import Bundle
+from moiie_runtime.engines import Engine
 from moiie_runtime.errors import MoiieError
 
 ENGINE = "engine_int8"
+HALF_ENGINE = "engine_half"
+
+
+def bounds_kind(bundle: Bundle, engine: Engine | None, formats: Sequence[str]) -> str:
+    """Which of the recipe's bounds hold for what runs.
+
+    Args:
+        bundle: gives the storage type.
+        engine: a built form; None for the bundle's own graphs.
+        formats: of the quantised weights.
+    """
+    rounds = engine is not None and engine.backend == "onnxruntime" and bool(formats)
+    if rounds or "w8a8" in formats:  # w8a8 rounds in the graph
+        return ENGINE
+    precision = {} if engine is None else engine.document.get("settings", {})
+    return HALF_ENGINE if precision.get("precision", "float32") != "float32" else bundle.dtype
 
 
 def read_bounds(bundle: Bundle, kinds: Sequence[str]) -> BoundsByDtype:

@@ -13,8 +13,9 @@ from moiie_export.graph.components import Component, Tensor
 from moiie_export.parity.metrics import Array
 from moiie_export.parity.trace import Routed, Trace
 from moiie_runtime.backends import get_backend
+from moiie_runtime.backends.device import Device
 from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
-from moiie_runtime.backends.session import Session
+from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, Session
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import Engine
 from moiie_runtime.kv_cache import KVCache
@@ -32,10 +33,13 @@ class BundleGraphs:
     Args:
         bundle: the bundle, its files verified, or with a built engine in its graphs' place.
         open_session: component -> its session. What a session does not give as an output is not compared.
+        options: of these sessions. Where they have a device, caches are copied there for every run, and back.
     """
 
-    def __init__(self, bundle: Bundle, open_session: Callable[[str], Session]) -> None:
-        self._bundle, self._open = bundle, open_session
+    def __init__(
+        self, bundle: Bundle, open_session: Callable[[str], Session], options: EngineOptions = PORTABLE_OPTIONS
+    ) -> None:
+        self._bundle, self._open, self._options = bundle, open_session, options
         self._sessions: dict[str, Session] = {}
         self._bound: dict[str, KVCache] = {}
 
@@ -61,15 +65,19 @@ class BundleGraphs:
 
     @classmethod
     def built(cls, engine: Engine) -> BundleGraphs:
-        """A built engine, its sessions opened as the runtime opens them."""
-        opener, bundle = get_backend(engine.backend), engine.bundle
+        """A built engine, its sessions opened as the runtime opens them.
+
+        Raises:
+            MissingDependency: it cannot run on this machine.
+        """
+        opener, bundle, options = get_backend(engine.backend), engine.bundle, engine.options()
 
         def open_session(name: str) -> Session:
             path = bundle.path(bundle.components[name].file)
             transient = name != "decoder_decode"
-            return opener(path, component=name, threads=engine.threads, transient=transient, options=engine.options())
+            return opener(path, component=name, threads=engine.threads, transient=transient, options=options)
 
-        return cls(bundle, open_session)
+        return cls(bundle, open_session, options)
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """All outputs and probes of a graph that has no cache."""
@@ -85,10 +93,11 @@ class BundleGraphs:
         return self._run("decoder_decode", {"inputs_embeds": inputs_embeds}, cache)
 
     def close(self) -> None:
-        """Close the sessions."""
+        """Close the sessions, and the device they ran on."""
         while self._sessions:
             self._sessions.popitem()[1].close()
         self._bound.clear()
+        self._options.close()
 
     def __enter__(self) -> BundleGraphs:
         return self
@@ -100,11 +109,15 @@ class BundleGraphs:
 
     def _run(self, component: str, feeds: dict[str, Array], cache: KVCache) -> Trace:
         session = self._session(component)
-        if self._bound.get(component) is not cache:
-            cache.bind(session)
-            self._bound[component] = cache
         fitting = {name: array for name, array in feeds.items() if name in session.inputs}
-        outputs = session.run({**fitting, "past_lengths": cache.lengths})
+        fitting["past_lengths"] = cache.lengths
+        if self._options.device is not None:
+            outputs = _run_on(self._options.device, session, fitting, cache)
+        else:
+            if self._bound.get(component) is not cache:
+                cache.bind(session)
+                self._bound[component] = cache
+            outputs = session.run(fitting)
         model = self._bundle.model
         batch, tokens = feeds["inputs_embeds"].shape[:2]
 
@@ -134,6 +147,25 @@ class BundleGraphs:
         if name not in self._sessions:
             self._sessions[name] = self._open(name)
         return self._sessions[name]
+
+
+def _run_on(device: Device, session: Session, feeds: Mapping[str, Array], cache: KVCache) -> dict[str, Array]:
+    """One run with the cache's buffers copied to a device and back."""
+    buffers = {name: device.upload(cache[name], "the KV cache") for name in cache}
+    try:
+        for name, buffer in buffers.items():
+            session.bind(f"past_key_values.{name}", buffer)
+            session.bind(f"present.{name}", buffer)
+        for name, array in cache.constants.items():
+            session.bind(name, array)
+        outputs = session.run(feeds)
+        for name, buffer in buffers.items():
+            cache[name][...] = buffer.numpy()
+    finally:
+        session.unbind()
+        for buffer in buffers.values():
+            buffer.free()
+    return outputs
 
 
 def _marked(model: onnx.ModelProto, probes: tuple[Tensor, ...]) -> bytes:

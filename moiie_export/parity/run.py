@@ -13,7 +13,7 @@ from moiie_export.families import family_of
 from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
 from moiie_export.parity.beams import compare_beams
-from moiie_export.parity.bounds import ENGINE, read_bounds
+from moiie_export.parity.bounds import bounds_kind, read_bounds
 from moiie_export.parity.cases import Layout, Question, check_prompt, from_recipe, lay_out, made_up
 from moiie_export.parity.data import case_data, coverage, model_data, report_data
 from moiie_export.parity.decoder_stage import CHUNK, CaseRun, DecoderStage, spread
@@ -69,9 +69,9 @@ class Parity:
         self._target = target or PORTABLE
         self._engine = None if self._target == PORTABLE else open_engine(self._portable, self._target)
         self._bundle = self._portable if self._engine is None else self._engine.bundle
+        self._built: BundleGraphs | None = None
         self._formats = stored_formats(self._bundle)
-        rounds = self._engine is not None and bool(self._formats)
-        tight = ENGINE if rounds or "w8a8" in self._formats else self._bundle.dtype  # w8a8 rounds in the graph
+        tight = bounds_kind(self._bundle, self._engine, self._formats)
         self._stated = read_bounds(self._bundle, [tight, *bounds_of(self._formats)])
         self._bounds: Bounds = getattr(self._stated, tight)
         self._checkpoint, self._vision_tower = checkpoint, vision_tower
@@ -79,7 +79,17 @@ class Parity:
         self._report = Report(self._bundle.name, checkpoint.resolve().name, kinds)
 
     def run(self, cases: Sequence[ParityCase] | None, progress: Progress) -> Report:
-        """All stages; the report."""
+        """All stages; the report.
+
+        Raises:
+            MissingDependency: an engine cannot run on this machine.
+        """
+        if self._engine is None:
+            return self._run(cases, progress)
+        with BundleGraphs.built(self._engine) as self._built:  # before anything is loaded for nothing
+            return self._run(cases, progress)
+
+    def _run(self, cases: Sequence[ParityCase] | None, progress: Progress) -> Report:
         report, bundle = self._report, self._bundle
         report.data = report_data(self._bounds, STEPS)
         progress("files", 0, 1)
@@ -124,8 +134,8 @@ class Parity:
         self._report.data["quantisation"] = {"bounds": asdict(bounds), "formats": list(self._formats), **data}
 
     def _graphs(self, wanted: tuple[Component, ...], models: dict[str, onnx.ModelProto]) -> BundleGraphs:
-        if self._engine is not None:
-            return BundleGraphs.built(self._engine)
+        if self._built is not None:
+            return self._built
         return BundleGraphs.marked(self._bundle, wanted, models)
 
     def _check_graphs(
