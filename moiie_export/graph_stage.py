@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moiie_export.families import family_of
 from moiie_export.quantize.packing import INPUT_SCALE, SCALES
 from moiie_export.quantize.scheme import Scheme
-from moiie_export.source import ModelSource
+from moiie_export.source import Described
 from moiie_export.weights_stage import WEIGHTS_FILE
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.tensors import read_header
@@ -18,18 +18,18 @@ from moiie_runtime.tensors import read_header
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH_CODE = 4
+GRAPH_CODE = 5
 """Raised whenever tracing or passes would write another graph for the same model."""
 
 
 def write_graph(
-    name: str, source: ModelSource, capacity: int, directory: Path, schemes: Mapping[str, Scheme] | None = None
+    name: str, source: Described, capacity: int, directory: Path, schemes: Mapping[str, Scheme] | None = None
 ) -> Mapping[str, Any]:
     """Write onnx/<name>.onnx into the bundle under construction.
 
     Args:
         name: the component.
-        source: the checkpoint, its weight map as the weights file holds it.
+        source: the model, its weight map as the weights file holds it.
         capacity: tokens of the key-value buffers.
         directory: the bundle.
         schemes: weight -> how it is quantised, of those that are.
@@ -75,7 +75,7 @@ def _check(path: Path, name: str) -> None:
         ) from error
 
 
-def _describe(model: ir.Model, source: ModelSource) -> dict[str, Any]:
+def _describe(model: ir.Model, source: Described) -> dict[str, Any]:
     parameters = source.weight_map.by_parameter()
     used = sorted(name for name in model.graph.initializers if _owner(name) in parameters)
     stored = {name: model.graph.initializers[name].const_value for name in used}

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moiie_export import __version__
 from moiie_export.bundle_files import copy_files, text_files
 from moiie_export.bundle_manifest import describe_model
+from moiie_export.bundle_readme import README, README_CODE, write_readme
 from moiie_export.calibration_stage import CALIBRATION_CODE, calibrate, check_calibration
 from moiie_export.completeness import prove
 from moiie_export.families import family_of
 from moiie_export.graph_stage import GRAPH_CODE, write_graph
-from moiie_export.quantize.islands import find_islands, with_islands
+from moiie_export.quantize.islands import AUTO, RANGES, find_islands, probe, probe_inputs, with_islands
 from moiie_export.quantize.rules import Resolved, resolve
 from moiie_export.recipe import Recipe
 from moiie_export.source import ModelSource
 from moiie_export.stages import Progress, Stage, StagePlan, StageRecord, Workspace, fingerprint
 from moiie_export.statistics_stage import Statistics
 from moiie_export.weights_stage import WEIGHTS_CODE, WEIGHTS_FILE, WeightsJob
+from moiie_runtime.cores import available_cores
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import sha256_file
+
+if TYPE_CHECKING:
+    from moiie_export.graph_process import Tracers
+
+PARALLEL_BYTES = 1 << 30
+"""Fewer bytes of weights are written before another process that traces has started."""
+MOST_TRACERS = 2
+"""Each takes half a gigabyte of memory. One alone would still be at it when the weights are long written."""
+_UNKNOWN = "what stays float32 is not measured yet"
+
+WriteGraph: TypeAlias = "Callable[[str, Path], Mapping[str, Any]]"
+"""Writes the graph of this name below a directory, as `write_graph`."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +72,16 @@ class ExportResult:
 
 
 def plan(request: ExportRequest) -> Plan:
-    """What `export_bundle` would do. The checkpoint is opened, checked and hashed; nothing is written."""
+    """What `export_bundle` would do. The checkpoint is opened, checked and hashed; nothing is written and no model run."""
     with _open(request) as source:
-        resolved, statistics = _resolve(request, source)
-        described = describe_model(source, request.recipe, _capacity(request, source))
-        stages = _stages(request, source, (resolved, statistics), described)
-        plans = Workspace.look(request.output).plan(stages, request.force)
-        return Plan(plans, WeightsJob.of(source, resolved).nbytes, described["name"])
+        workspace = Workspace.look(request.output)
+        probing = _probing(request, source)
+        known = None if probing is None or request.force else workspace.notes(probing)
+        work = _settled(request, source, probing, known or {})
+        plans = workspace.plan(_stages(request, source, work, _tracing_here(source, work)), request.force)
+        if probing is not None and known is None and not request.force:
+            plans = [each if each.name == RANGES else replace(each, action="run", reason=_UNKNOWN) for each in plans]
+        return Plan(plans, WeightsJob.of(source, work.resolved).nbytes, work.described["name"])
 
 
 def export_bundle(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
@@ -78,38 +96,121 @@ def export_bundle(request: ExportRequest, progress: Progress | None = None) -> E
     started = time.monotonic()
     report = progress or (lambda *_: None)
     with _open(request) as source:
-        resolved, statistics = _resolve(request, source, report)
-        described = describe_model(source, request.recipe, _capacity(request, source))
-        stages = _stages(request, source, (resolved, statistics), described)
         workspace = Workspace.look(request.output)
-        plans = workspace.plan(stages, request.force)
-        finished = None if request.force else workspace.finished(stages)
-        if finished is None or not workspace.says(manifest := _manifest(described, source, finished)):
-            with workspace.locked():
-                plans = workspace.plan(stages, request.force)
-                records = workspace.execute(stages, report, request.force)
-                manifest = _manifest(described, source, records)
-                workspace.finish(manifest, list(manifest["files"]))
-        elif workspace.littered:
-            with workspace.locked():
-                workspace.clear()
+        work = _measured(request, source, workspace, report)
+        with _tracers(request, source, work, workspace) as tracers:
+            stages = _stages(request, source, work, _tracing(source, work, tracers))
+            plans = workspace.plan(stages, request.force)
+            finished = None if request.force else workspace.finished(stages)
+            if finished is None or not workspace.says(manifest := _manifest(work.described, source, finished)):
+                with workspace.locked():
+                    plans = workspace.plan(stages, request.force)
+                    records = workspace.execute(stages, _watching(tracers, report), request.force)
+                    manifest = _manifest(work.described, source, records)
+                    workspace.finish(manifest, list(manifest["files"]))
+            elif workspace.littered:
+                with workspace.locked():
+                    workspace.clear()
     return ExportResult(request.output, plans, time.monotonic() - started, manifest["files"])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What becomes of a source.
+
+    Attributes:
+        resolved: how each weight is stored.
+        statistics: what is measured for that.
+        described: the manifest so far.
+        probing: the stage that found the islands, if one did.
+    """
+
+    resolved: Resolved
+    statistics: Statistics
+    described: Mapping[str, Any]
+    probing: Stage | None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the key-value buffers."""
+        return int(self.described["kv_cache"]["capacity"])
 
 
 def _open(request: ExportRequest) -> ModelSource:
     return ModelSource.open(request.checkpoint, request.vision_tower or request.recipe.model.vision_tower)
 
 
-def _resolve(
-    request: ExportRequest, source: ModelSource, progress: Progress | None = None
-) -> tuple[Resolved, Statistics]:
+def _probing(request: ExportRequest, source: ModelSource) -> Stage | None:
+    """The stage that measures what `export.islands: auto` means; None when nothing is to be measured."""
+    wanted, cases = request.recipe.export.islands, request.recipe.calibration.cases
+    find_islands(wanted, source)
+    if AUTO not in wanted:
+        return None
+    inputs = fingerprint(*probe_inputs(source, cases))
+    return Stage(RANGES, inputs, (), lambda _, progress: {"islands": probe(source, cases, progress)})
+
+
+def _measured(request: ExportRequest, source: ModelSource, workspace: Workspace, progress: Progress) -> _Work:
+    """The work, islands measured unless an earlier export did; they decide about every stage that follows."""
+    probing = _probing(request, source)
+    if probing is None:
+        return _settled(request, source, None, {})
+    notes = None if request.force else workspace.notes(probing)
+    found = probing.run(workspace.partial, progress) if notes is None else notes
+    return _settled(request, source, replace(probing, run=lambda *_: found), found)
+
+
+def _settled(request: ExportRequest, source: ModelSource, probing: Stage | None, measured: Mapping[str, Any]) -> _Work:
     """How each weight is stored; the source's stacks are taken apart where their experts differ."""
     recipe = request.recipe
-    islands = find_islands(recipe.export.islands, source, recipe.calibration.cases, progress)
+    islands = find_islands(recipe.export.islands, source, measured.get("islands", ()))
     section = with_islands(recipe.quantization, islands)
     resolved = resolve(section, recipe.export.dtype, source.weight_map, source.config)
     source.weight_map = resolved.weight_map
-    return resolved, Statistics.plan(recipe, source, resolved, tuple(islands))
+    statistics = Statistics.plan(recipe, source, resolved, tuple(islands))
+    return _Work(resolved, statistics, describe_model(source, recipe, _capacity(request, source)), probing)
+
+
+def _tracing_here(source: ModelSource, work: _Work) -> WriteGraph:
+    return lambda name, directory: write_graph(name, source, work.capacity, directory, work.resolved.schemes)
+
+
+def _tracing(source: ModelSource, work: _Work, tracers: Tracers | None) -> WriteGraph:
+    """What writes a graph: another process where it is at it, else this one."""
+    here = _tracing_here(source, work)
+    if tracers is None:
+        return here
+    return lambda name, directory: (tracers.write if name in tracers.names else here)(name, directory)
+
+
+@contextmanager
+def _tracers(
+    request: ExportRequest, source: ModelSource, work: _Work, workspace: Workspace
+) -> Iterator[Tracers | None]:
+    """Processes at the graphs that are not done; None where all is done before they would have started."""
+    stages = _graph_stages(source, work, _tracing_here(source, work))
+    names = tuple(each.name for each in workspace.plan(stages, request.force) if each.action == "run")
+    job, cores = WeightsJob.of(source, work.resolved), available_cores()
+    if not names or cores < 2 or job.nbytes < PARALLEL_BYTES:
+        yield None
+        return
+    from moiie_export.graph_process import GraphJob, Tracers
+
+    wanted = GraphJob(names, source.config, source.weight_map, work.capacity, work.resolved.schemes, job.specs())
+    with Tracers(wanted, min(MOST_TRACERS, cores)) as tracers:
+        yield tracers
+
+
+def _watching(tracers: Tracers | None, report: Progress) -> Progress:
+    """The report, which also ends the work when tracing failed: a graph that cannot be made needs no weights."""
+    if tracers is None:
+        return report
+
+    def watch(stage: str, done: int, total: int) -> None:
+        tracers.check()
+        report(stage, done, total)
+
+    return watch
 
 
 def _capacity(request: ExportRequest, source: ModelSource) -> int:
@@ -122,37 +223,53 @@ def _capacity(request: ExportRequest, source: ModelSource) -> int:
     return wanted or config.max_context
 
 
-def _stages(
-    request: ExportRequest, source: ModelSource, storage: tuple[Resolved, Statistics], described: Mapping[str, Any]
-) -> list[Stage]:
-    """Weights first: the graphs refer to their offsets."""
-    resolved, statistics = storage
-    capacity = described["kv_cache"]["capacity"]
-    stored = {name: repr(form) for name, form in resolved.forms.items()}
-    weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), stored, *statistics.inputs)
-    graphs = fingerprint(GRAPH_CODE, repr(source.config), stored, capacity)
-    texts = text_files(source)
+def _stages(request: ExportRequest, source: ModelSource, work: _Work, write: WriteGraph) -> list[Stage]:
+    """Weights before graphs, which refer to their offsets."""
+    resolved, statistics = work.resolved, work.statistics
+    weights = fingerprint(WEIGHTS_CODE, source.hashes, repr(source.config), _stored(work), *statistics.inputs)
     pictures = request.recipe.calibration.images
-    check_calibration(described, pictures)
+    check_calibration(work.described, pictures)
     job = replace(WeightsJob.of(source, resolved), fingerprint=weights, resume=not request.force)
-
-    def graph_stage(name: str) -> Callable[[Path, Progress], Mapping[str, Any]]:
-        return lambda directory, _: write_graph(name, source, capacity, directory, resolved.schemes)
-
     return [
+        *([] if work.probing is None else [work.probing]),
         Stage(
             "weights",
             weights,
             (WEIGHTS_FILE,),
             lambda directory, progress: statistics.write(job, directory, progress),
         ),
-        *(
-            Stage(name, fingerprint(graphs, name), (f"onnx/{name}.onnx",), graph_stage(name))
-            for name in family_of(source.config).graphs(source.config)
-        ),
-        *_calibration(described, pictures, fingerprint(weights, graphs)),
-        Stage("files", fingerprint(texts), tuple(texts), lambda directory, _: copy_files(texts, directory)),
+        *_graph_stages(source, work, write),
+        *_calibration(work.described, pictures, fingerprint(weights, _graphs(source, work))),
+        _file_stage(source, work),
     ]
+
+
+def _file_stage(source: ModelSource, work: _Work) -> Stage:
+    """The small files, behind the graphs, of which the README tells."""
+    texts, names = text_files(source), family_of(source.config).graphs(source.config)
+
+    def write(directory: Path, _: Progress) -> Mapping[str, Any]:
+        write_readme(work.described, names, directory)
+        return copy_files(texts, directory)
+
+    inputs = fingerprint(texts, README_CODE, work.described["name"], _graphs(source, work))
+    return Stage("files", inputs, (*texts, README), write)
+
+
+def _graph_stages(source: ModelSource, work: _Work, write: WriteGraph) -> list[Stage]:
+    def stage(name: str) -> Stage:
+        inputs = fingerprint(_graphs(source, work), name)
+        return Stage(name, inputs, (f"onnx/{name}.onnx",), lambda directory, _: write(name, directory))
+
+    return [stage(name) for name in family_of(source.config).graphs(source.config)]
+
+
+def _graphs(source: ModelSource, work: _Work) -> str:
+    return fingerprint(GRAPH_CODE, repr(source.config), _stored(work), work.capacity)
+
+
+def _stored(work: _Work) -> dict[str, str]:
+    return {name: repr(form) for name, form in work.resolved.forms.items()}
 
 
 def _calibration(described: Mapping[str, Any], pictures: Sequence[Path], before: str) -> list[Stage]:

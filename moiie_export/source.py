@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,20 @@ BLOCK_BYTES = 16 << 20
 """Weights are streamed in blocks of rows of about this many float32 bytes."""
 
 _PUBLISHED_NAME = "siglip-so400m-patch14-384"
+
+
+class Described(Protocol):
+    """What a model is, without the values of its weights: all that tracing needs."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its sizes."""
+        ...
+
+    @property
+    def weight_map(self) -> WeightMap:
+        """Its weights."""
+        ...
 
 
 @dataclass

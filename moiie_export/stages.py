@@ -116,6 +116,11 @@ class Workspace:
             plans.append(StagePlan(stage.name, "run" if reason else "cached", reason or "unchanged"))
         return plans
 
+    def notes(self, stage: Stage) -> dict[str, Any] | None:
+        """What a stage left for the manifest when it is done; None when it would be run."""
+        place = self._where(stage)
+        return None if place is None else self.found[place][stage.name].notes
+
     def finished(self, stages: Sequence[Stage]) -> dict[str, StageRecord] | None:
         """The records of all stages when the bundle at the output path has them; None when one is missing or differs."""
         records = self.found.get(self.output, {})

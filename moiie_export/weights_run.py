@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -15,7 +15,7 @@ from moiie_export.quantize.folding import Fold
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_export.stages import Progress
 from moiie_export.weights_file import WeightsFile
-from moiie_export.weights_units import BLOCK, Unit, units_of, write_plain, write_quantized
+from moiie_export.weights_units import BLOCK, PIECE, Unit, units_of, write_plain, write_quantized
 from moiie_runtime.cores import available_cores
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moiie_export.weights_stage import WeightsJob
 
 COMMIT_BYTES = 256 << 20
-"""What is written between two notes in the journal; a killed export loses at most that much."""
+"""What is written between two notes in the journal; a killed export loses at most some times that much."""
 MOST_WORKERS = 16
 SEARCH_ELEMENTS = 1 << 26
 """Numbers of all the weights together on which factors are searched; of larger ones some rows stand for all."""
@@ -37,6 +37,10 @@ class StatisticsProvider(Protocol):
 
     def get(self, parameter: str) -> InputStatistics | None:
         """Statistics of the inputs that a parameter is multiplied with; None when too few tokens reached it."""
+        ...
+
+    def shortage(self, parameter: str) -> str:
+        """Why there are none."""
         ...
 
 
@@ -70,13 +74,18 @@ class Run:
         total = sum(map(_elements, self.steps))
         done, uncommitted = sum(map(_elements, self.steps[: self.file.done])), 0.0
         each = self.file.nbytes / max(1, total)
-        for number, step in enumerate(self._finished(), start=self.file.done + 1):
-            done += _elements(step)
-            uncommitted += _elements(step) * each
-            self.progress("weights", done, total)
-            if uncommitted >= COMMIT_BYTES or isinstance(step, Fold):
-                self.file.commit(number, self._notes)
-                uncommitted = 0.0
+        with _Commits(self.file) as commits:
+            for number, step in enumerate(self._finished(), start=self.file.done + 1):
+                done += _elements(step)
+                uncommitted += _elements(step) * each
+                self.progress("weights", done, total)
+                if isinstance(step, Fold):
+                    commits.begin(number, self._notes)
+                    commits.wait()
+                elif uncommitted >= COMMIT_BYTES and (commits.idle or uncommitted >= 2 * COMMIT_BYTES):
+                    commits.begin(number, self._notes)
+                    uncommitted = 0.0
+            commits.wait()  # a system tells only once that data did not reach the disk
         self.file.commit(len(self.steps), self._notes)
 
     def _finished(self) -> Iterator[Step]:
@@ -95,7 +104,7 @@ class Run:
                         yield step
                     elif alone:
                         threads.take_all()
-                        self._note(step, self._write(step, self._statistics(step.parameter)))
+                        self._note(step, self._write_measured(step))
                         yield step
                     else:
                         waiting.append((step, pool.submit(self._write, step)))
@@ -115,8 +124,18 @@ class Run:
         if note:
             self._notes[unit.parameter] = note
 
-    def _write(self, unit: Unit, statistics: InputStatistics | None = None) -> str:
-        """Write a unit; returns why it was not stored as asked for, or nothing."""
+    def _write(self, unit: Unit) -> str:
+        """Write a unit, piece by piece; returns why it was not stored as asked for, or nothing."""
+        notes = {self._write_rows(piece, None) for piece in unit.pieces(PIECE)} - {""}
+        return next(iter(notes), "")
+
+    def _write_measured(self, unit: Unit) -> str:
+        """The same of a unit that is stored by what reaches it, all at once."""
+        statistics, provider = self._statistics(unit.parameter), self.job.statistics
+        note = self._write_rows(unit, statistics)
+        return provider.shortage(unit.parameter) if note and provider is not None and statistics is None else note
+
+    def _write_rows(self, unit: Unit, statistics: InputStatistics | None) -> str:
         form = self.job.forms[unit.weight.name]
         rows = self.job.source.part_rows(unit.part, unit.start, unit.stop)
         rows = self.job.folding.apply(unit.parameter, rows, unit.first_row, self._scales)
@@ -165,6 +184,40 @@ class Run:
     @staticmethod
     def _folds(steps: Iterable[Step]) -> list[Fold]:
         return [step for step in steps if isinstance(step, Fold)]
+
+
+class _Commits:
+    """Notes in the journal beside the work: forcing data to the disk can take as long as making it."""
+
+    def __init__(self, file: WeightsFile) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(1, "journal")
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> _Commits:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last note is in the journal."""
+        return self._running is None or self._running.done()
+
+    def begin(self, done: int, notes: Mapping[str, str]) -> None:
+        """Note that so many steps are done, after the note before it.
+
+        Raises:
+            MoiieError: the system refused that one.
+        """
+        self.wait()
+        self._running = self._pool.submit(self._file.commit, done, dict(notes))
+
+    def wait(self) -> None:
+        """Until the last note is in the journal."""
+        if self._running is not None:
+            self._running.result()
 
 
 class _Threads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -19,6 +19,8 @@ from moiie_runtime.errors import MoiieError
 
 BLOCK = 1 << 20
 """Elements of a block. Large enough that starting it costs nothing, small enough for many at a time."""
+PIECE = 1 << 18
+"""Elements of a block that are read, rounded and written at a time: in float32 they stay in a core's own cache."""
 CALIBRATED_BLOCK = 1 << 26
 """The same for methods that have much to do once for any number of rows."""
 
@@ -54,6 +56,14 @@ class Unit:
         """Rows of the parameter before them."""
         start, _ = self.weight.parameters()[self.parameter]
         return (self.first - start) // max(1, prod(self.part.shape[1:]))
+
+    def pieces(self, elements: int) -> Iterator[Unit]:
+        """The same rows in order, about so many numbers at a time."""
+        inner = prod(self.part.shape[1:])
+        step = max(1, elements // max(1, inner))
+        for start in range(self.start, self.stop, step):
+            first = self.first + (start - self.start) * inner
+            yield replace(self, start=start, stop=min(self.stop, start + step), first=first)
 
 
 def units_of(weight: Weight, block: int) -> Iterator[Unit]:

@@ -13,9 +13,9 @@ from moiie_export.cli.common import (
     CONTEXT,
     JSON_OPTION,
     VERBOSE_OPTION,
-    byte_size,
     emit_json,
     human_bytes,
+    memory_limit_option,
     note,
     table,
 )
@@ -59,12 +59,7 @@ def sm_list(_: click.Context, __: click.Parameter, text: str | None) -> tuple[in
 @click.option(
     "--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89."
 )
-@click.option(
-    "--memory-limit",
-    callback=byte_size,
-    metavar="SIZE",
-    help="What building may take on this machine, e.g. 8GiB.  [default: what is free]",
-)
+@memory_limit_option("What building may take on this machine, e.g. 8GiB.  [default: what is free]")
 @click.option(
     "--plugins",
     type=click.Path(path_type=Path, dir_okay=False),

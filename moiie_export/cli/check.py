@@ -90,6 +90,10 @@ def _show(report: CheckReport) -> None:
         ["ok" if row.supported else "NO", row.op, row.where, row.dtype, row.lowering, row.reason] for row in report.rows
     ]
     click.echo(table(rows))
+    if target.expected:
+        note(
+            "TensorRT 10 and 11 were never run here: what they support is expected, and the build on the device decides"
+        )
     parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
     budget = "" if target.memory is None else f" of {human_bytes(target.memory)}"
     click.echo(f"predicted memory {human_bytes(memory.peak)}{budget}:")

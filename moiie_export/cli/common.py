@@ -8,15 +8,16 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from moiie_runtime.errors import MoiieError
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
 _STATE = {"verbosity": 0}
 
@@ -142,12 +143,17 @@ def byte_size(_: click.Context, __: click.Parameter, text: str | None) -> int | 
     """Option callback: the bytes that `8GiB`, `500MB` or `4096` means."""
     if text is None:
         return None
-    from moiie_runtime.memory import parse_size
+    from moiie_runtime.sizes import parse_size
 
     try:
         return parse_size(int(text) if text.isdecimal() else text)
     except (MoiieError, ValueError) as error:
         raise click.BadParameter(f"{text!r} is no size; write for example 8GiB, 500MB or 4096") from error
+
+
+def memory_limit_option(help_text: str) -> Callable[[Command], Command]:
+    """`--memory-limit SIZE`: bytes, or None when it is not given."""
+    return click.option("--memory-limit", callback=byte_size, metavar="SIZE", help=help_text)
 
 
 def _usage(error: click.ClickException) -> int:

@@ -14,8 +14,8 @@ from moiie_export.cli.common import (
     CONTEXT,
     JSON_OPTION,
     VERBOSE_OPTION,
-    byte_size,
     emit_json,
+    memory_limit_option,
     note,
     table,
 )
@@ -123,12 +123,7 @@ _THE_BUNDLES = "  [default: the bundle's]"
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with.  [default: one a core]"
 )
-@click.option(
-    "--memory-limit",
-    callback=byte_size,
-    metavar="SIZE",
-    help="Refuse what is predicted to take more, for example 8GiB.",
-)
+@memory_limit_option("Refuse what is predicted to take more, for example 8GiB.")
 @JSON_OPTION
 @VERBOSE_OPTION
 def command(bundle: Path, **options: Any) -> None:

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moiie_export.families import family_of
-from moiie_export.source import ModelSource
+from moiie_export.source import Described, ModelSource
 from moiie_export.weights import Weight
 
 Reader = Callable[[Weight], Mapping[str, NDArray[np.float32]]]
 """Gives a weight's values by model parameter, as writable float32 arrays of the parameters' shapes."""
 
 
-def empty_model(source: ModelSource) -> nn.Module:
+def empty_model(source: Described) -> nn.Module:
     """The model without weights, on the meta device: what is traced."""
     with torch.device("meta"):
         return family_of(source.config).model(source.config).eval()

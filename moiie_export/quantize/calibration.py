@@ -69,6 +69,13 @@ class StatisticsProvider:
                 self._last = (parameter, self._read(parameter))
             return self._last[1]
 
+    def shortage(self, parameter: str) -> str:
+        """Why there are no statistics of a parameter."""
+        tokens = self.tokens.get(parameter, 0)
+        if not tokens:
+            return "calibration saw no inputs of this layer"
+        return f"calibration saw {tokens} inputs of this layer, fewer than quantization.min_tokens: {self._min_tokens}"
+
     @classmethod
     def reopen(cls, directory: Path, mark: str, min_tokens: int) -> StatisticsProvider | None:
         """What an earlier `collect` of the same `mark` left in a folder; None when it left nothing usable."""

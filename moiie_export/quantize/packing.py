@@ -54,9 +54,11 @@ def pack_int4(values: Int8) -> Int8:
     """
     if values.shape[-1] % 2:
         raise MoiieError(f"int4 values are stored in pairs: expected an even row length, found {values.shape[-1]}")
-    packed = values[..., 1::2] << 4
-    packed |= values[..., ::2] & 0x0F
-    return packed
+    pairs = np.ascontiguousarray(values).view("<i2")  # the even column is the low byte
+    packed = pairs >> 4
+    packed &= 0xF0
+    packed |= pairs & 0x0F
+    return packed.astype(np.int8)
 
 
 def unpack_int4(packed: Int8) -> Int8:

@@ -10,6 +10,8 @@ Every group is on its own, so blocks of rows of any size give the same bytes.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -61,7 +63,7 @@ def fit_scales(groups: torch.Tensor, scheme: Scheme, rounded: torch.Tensor, spar
         float32 [G], each exactly a float16, 1 for a group of zeros; not finite where a group is not, or is too large.
     """
     bottom, beyond = float(scheme.lowest), 0.5 if scheme.bits == 4 else 0.0
-    low, high = groups.amin(1), groups.amax(1)
+    low, high = groups.amin(1), groups.amax(1)  # aminmax takes six times as long
     scale = as_float16(torch.maximum(high / (-bottom - 1 + beyond), low / (bottom - beyond)))
     round_groups(groups, scale, scheme, rounded)
     if scheme.bits > 4:
@@ -79,9 +81,10 @@ def as_float16(scale: torch.Tensor) -> torch.Tensor:
     Where float16 has few digits left they are rounded up: a scale much too small would cut the group's largest numbers.
     """
     half = scale.half().float()
-    coarse = torch.ceil(scale / _SMALLEST) * _SMALLEST
-    half = torch.where(scale < _NORMAL, coarse, half)
-    half[half == 0] = 1.0
+    if float(scale.amin()) < _NORMAL:
+        coarse = torch.ceil(scale / _SMALLEST) * _SMALLEST
+        half = torch.where(scale < _NORMAL, coarse, half)
+        half[half == 0] = 1.0
     return half
 
 
@@ -97,7 +100,7 @@ def require_finite(groups: torch.Tensor, scale: torch.Tensor, name: str) -> None
     Raises:
         MoiieError: naming the tensor.
     """
-    if bool(torch.isfinite(scale).all()):
+    if math.isfinite(float(scale.amax())):  # none is negative
         return
     if bool(torch.isfinite(groups).all()):
         worst = float(groups.abs().max())

@@ -39,7 +39,7 @@ def input_scale(stats: InputStatistics | None, name: str) -> np.float32:
     """
     if stats is None or not stats.sample.size:
         raise MoiieError(
-            f"{name}: w8a8 rounds a layer's inputs too, and calibration saw none of them",
+            f"{name}: w8a8 rounds a layer's inputs too, and calibration saw none of them, or too few",
             "give calibration pictures and prompts that reach this layer, or use another format for it",
         )
     largest = np.float32(np.abs(stats.sample).max())

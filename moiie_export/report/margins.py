@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from moiie_export.report.document import Document
 from moiie_export.report.html import join, tag
-from moiie_export.report.numbers import counted, percent, power, short
+from moiie_export.report.numbers import Share, counted, power, short
 from moiie_export.report.section import Section
 from moiie_export.report.svg import WIDTH, Drawing, legend_lines
 from moiie_export.report.table import figure, figures, table
@@ -127,7 +127,7 @@ def _totals(found: Margins) -> Markup:
         for index in range(len(found.edges) - 1)
     ]
     rows.append(["all", *(sum(counts) for counts in found.counts.values())])
-    rows.append(["share", *(percent(sum(counts) / found.total) for counts in found.counts.values())])
+    rows.append(["share", *(Share(sum(counts) / found.total) for counts in found.counts.values())])
     return table("decisions by margin and modality", ["margin", *found.counts], rows)
 
 

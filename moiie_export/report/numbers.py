@@ -8,8 +8,12 @@ import re
 Number = float | int | None
 
 
+class Share(float):
+    """A share of a whole, written as a percentage."""
+
+
 def short(value: Number) -> str:
-    """Three significant digits for a float, all digits for an integer, a dash for nothing."""
+    """Three significant digits for a float, all digits for an integer, a dash for nothing, a share as a percentage."""
     if value is None:
         return "\N{EN DASH}"
     if isinstance(value, bool):
@@ -18,7 +22,7 @@ def short(value: Number) -> str:
         return str(value)
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "\N{INFINITY}" if value > 0 else "\N{MINUS SIGN}\N{INFINITY}"
-    return _compact(f"{value:.3g}")
+    return percent(value) if isinstance(value, Share) else _compact(f"{value:.3g}")
 
 
 def power(value: float) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from moiie_export.report.document import Document
 from moiie_export.report.heat_map import Cell, Row, heat_map
 from moiie_export.report.html import join, tag
-from moiie_export.report.numbers import counted, listed, percent
+from moiie_export.report.numbers import Share, counted, listed, percent
 from moiie_export.report.section import Section
 from moiie_export.report.svg import Drawing
 from moiie_export.report.table import figure, figures, folded, table
@@ -158,7 +158,7 @@ def _table(modality: str, document: Document) -> Markup:
         experts = max(experts, len(found["reached"]))
         judged = [found[key] for key in ("tokens", "ties", "wrong", "first_wrong")]
         counts = [_both(*pair) for pair in zip(found["reached"], found["bundle_reached"], strict=True)]
-        rows.append([phase.case, phase.name, layer, *judged, percent(found["agreement"]), *counts])
+        rows.append([phase.case, phase.name, layer, *judged, Share(found["agreement"]), *counts])
     columns = ["case", "phase", "layer", "tokens", "ties", "other experts", "first at", "agreement"]
     caption = f"{modality} tokens by expert; PyTorch \N{RIGHTWARDS ARROW} bundle where they differ"
     return table(caption, [*columns, *(f"expert {expert}" for expert in range(experts))], rows)

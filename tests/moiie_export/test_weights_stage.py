@@ -52,7 +52,7 @@ def source(checkpoint: Path) -> Iterator[ModelSource]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units a tensor, and a note in the journal after each few of them."""
     monkeypatch.setattr(weights_stage, "BLOCK", 1 << 11)
-    monkeypatch.setattr(weights_run, "COMMIT_BYTES", 1 << 14)
+    monkeypatch.setattr(weights_run, "COMMIT_BYTES", 1 << 13)
 
 
 def job_of(source: ModelSource, rules: tuple[QuantRule, ...], dtype: str = "float16") -> WeightsJob:
@@ -111,7 +111,7 @@ def test_progress_goes_up_to_the_end(source: ModelSource, tmp_path: Path, small_
 
 def _write_until(checkpoint: Path, path: Path, rules: tuple[QuantRule, ...], units: int) -> None:
     """In a process of its own: dies without a word when so many units were reported."""
-    weights_stage.BLOCK, weights_run.COMMIT_BYTES = 1 << 11, 1 << 14  # type: ignore[misc]
+    weights_stage.BLOCK, weights_run.COMMIT_BYTES = 1 << 11, 1 << 13  # type: ignore[misc]
     told = 0
 
     def progress(*_: object) -> None:
@@ -198,6 +198,27 @@ def test_a_disk_that_fills_up_in_the_middle(
     assert (tmp_path / "w").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
+def test_data_that_did_not_reach_the_disk_ends_the_stage(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    """The system says so once; the note at the end of the work must not pass over it."""
+    job = job_of(source, MIXED)
+    monkeypatch.setattr(weights_run, "COMMIT_BYTES", int(0.6 * job.nbytes))
+    real, calls = WeightsFile.commit, []
+
+    def commit(file: WeightsFile, done: int, notes: Any) -> None:
+        calls.append(done)
+        if len(calls) == 1:
+            raise MoiieError("input/output error")
+        real(file, done, notes)
+
+    monkeypatch.setattr(WeightsFile, "commit", commit)
+    with pytest.raises(MoiieError, match="input/output error"):
+        write_weights(job, tmp_path / "w", quiet)
+    assert len(calls) == 1
+    assert not (tmp_path / "w").exists()
+
+
 class Inputs:
     """Statistics of made-up inputs in which a few channels are much larger than the rest; none for one expert."""
 
@@ -205,6 +226,9 @@ class Inputs:
 
     def __init__(self, source: ModelSource) -> None:
         self.shapes = {name: shape for name, (_, _, shape) in source.weight_map.by_parameter().items()}
+
+    def shortage(self, parameter: str) -> str:
+        return f"calibration saw too little of {parameter}"
 
     def get(self, parameter: str) -> InputStatistics | None:
         if parameter == self.starved:
@@ -221,7 +245,7 @@ def test_factors_of_awq_undo_each_other(source: ModelSource, tmp_path: Path, sma
     inputs = Inputs(source)
     job = replace(job_of(source, AWQ, "float32"), statistics=inputs)
     notes = write_weights(job, tmp_path / "w", quiet)["quantization"]
-    assert "calibration" in notes["fallbacks"][Inputs.starved]
+    assert notes["fallbacks"][Inputs.starved] == inputs.shortage(Inputs.starved)
     weights = {weight.name: weight for weight in source.weight_map.weights}
     with TensorFile(tmp_path / "w") as file:
         moved = [name for name in notes["scales"] if np.any(file[name] != 1)]

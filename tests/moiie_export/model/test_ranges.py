@@ -10,7 +10,7 @@ import pytest
 
 from moiie_export.model.ranges import FLOAT16_MAX, INPUT, OUTPUT, RESIDUAL, SCORES, Range, Ranges, measure_ranges
 from moiie_export.parity.cases import made_up
-from moiie_export.quantize.islands import find_islands, with_islands
+from moiie_export.quantize.islands import find_islands, probe, probe_inputs, with_islands
 from moiie_export.quantize.rules import resolve
 from moiie_export.recipe_parity import ParityCase
 from moiie_export.recipe_quantization import QuantizationSection, QuantRule
@@ -119,13 +119,14 @@ def test_statuses() -> None:
 
 def test_islands_are_found_named_and_kept_in_float32(opened: Callable[..., ModelSource]) -> None:
     source = opened(grown("layers.2.mlp.down_proj", 1e6))
-    cases = [ParityCase("Why?")]
-    measured = find_islands(["auto"], source, cases)
-    assert measured == [f"decoder.layers.2.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")]
+    measured = probe(source, [ParityCase("Why?")], lambda *_: None)
+    assert find_islands(["auto"], source, measured) == [
+        f"decoder.layers.2.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")
+    ]
     named = ["decoder.layers.*.self_attn.o_proj.weight", "decoder.layers.1.mlp.experts.2.down_proj"]
-    chosen = find_islands(named, source, ())
+    chosen = find_islands(named, source)
     assert len(chosen) == 4
-    assert find_islands(["none"], source, ()) == find_islands([], source, ()) == []
+    assert find_islands(["none"], source) == find_islands([], source) == []
     section = with_islands(QuantizationSection((QuantRule(("*gate_up_proj*", "attention"), "int8"),)), chosen)
     forms = resolve(section, "float16", source.weight_map, source.config).forms
     assert {forms[name].format for name in chosen} == {"float32"}
@@ -133,10 +134,11 @@ def test_islands_are_found_named_and_kept_in_float32(opened: Callable[..., Model
     assert forms["decoder.layers.1.mlp.experts.gate_up_proj"].format == "int8"
     assert with_islands(section, ()) is section
     for wanted, message in (
-        (["auto"], "calibration.cases, and there are none"),
         (["none", "auto"], "`none` stands beside others"),
         (["decoder.layers.9.*"], r"'decoder.layers.9.\*': no weight of a linear layer"),
         (["decoder.norm.weight"], "no weight of a linear layer"),
     ):
         with pytest.raises(Unsound, match=message):
-            find_islands(wanted, source, ())
+            find_islands(wanted, source)
+    with pytest.raises(Unsound, match="calibration.cases, and there are none"):
+        probe_inputs(source, ())

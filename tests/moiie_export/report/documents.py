@@ -28,6 +28,7 @@ class Sizes:
     groups: Mapping[str, tuple[int, ...]] | None = None
     wrong: int | None = None
     routed: bool = True
+    quantised: bool = False
     name: str = "made-up"
     text: str = "A red truck is parked beside a brick house."
 
@@ -53,6 +54,8 @@ def document(sizes: Sizes | None = None, **changes: Any) -> dict[str, Any]:
         "model": {"model_type": "m", "num_hidden_layers": sizes.layers, "moe": moe if sizes.sparse else None},
         "cases": cases,
     }
+    if sizes.quantised:
+        report.data["quantisation"] = _quantisation(sizes)
     found: dict[str, Any] = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     return found
 
@@ -87,6 +90,18 @@ def _case(name: str, sizes: Sizes, random: np.random.Generator) -> dict[str, Any
             "near": False,
         },
     }
+
+
+def _quantisation(sizes: Sizes) -> dict[str, Any]:
+    """A picture and a text of 40 tokens; all but one token a layer keep their experts."""
+    cases = [{"case": name, "logits_error": 0.125, "top1_agreement": 39 / 40} for name in ("picture", "text")]
+    tokens = {"language": 60, "vision": 20}
+    routing = {
+        modality: {str(layer): {"tokens": count, "same": count - 1} for layer in sizes.sparse}
+        for modality, count in tokens.items()
+    }
+    bounds = {"logits_error": 0.4, "top1_agreement": 0.85, "routing_agreement": 0.95}
+    return {"bounds": bounds, "formats": ["int4", "int8"], "cases": cases, "routing": routing}
 
 
 def _phase(sizes: Sizes, random: np.random.Generator, tokens: Mapping[str, int], positions: int) -> dict[str, Any]:

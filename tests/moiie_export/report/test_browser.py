@@ -21,7 +21,7 @@ LONG = "a_name_without_any_space_" * 6
 DOCUMENTS = {
     "passed": Sizes(),
     "failed": Sizes(wrong=1, name=LONG, text=LONG + " b c d e " + LONG),
-    "large": Sizes(layers=16, sparse=tuple(range(1, 16, 2)), experts=24, wrong=9),
+    "large": Sizes(layers=16, sparse=tuple(range(1, 16, 2)), experts=24, wrong=9, quantised=True),
     "dense": Sizes(sparse=()),
 }
 SCREENS: list[tuple[int, Scheme]] = list(product((360, 1280), ("light", "dark")))  # type: ignore[arg-type]

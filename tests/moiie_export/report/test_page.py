@@ -154,6 +154,25 @@ def test_sections_are_those_the_document_has_something_for() -> None:
     assert len(SECTIONS) == len(ALL) + 2, "and those about instances and quantisation"
 
 
+def test_what_quantisation_costs_is_beside_what_is_accepted() -> None:
+    page = read(render(document(quantised=True)))
+    assert "Quantisation" in headings(page)
+    [part] = [each for each in page.all("section") if each.attributes["id"] == "quantisation"]
+    answers, routing = part.all("table")
+    assert [cell.text for cell in answers.all("tr")[1].children] == ["picture", "0.125", "98 %"]
+    assert [cell.text for cell in routing.all("tr")[0].children] == ["layer", "language", "vision"]
+    assert [[cell.text for cell in row.all("td")] for row in routing.all("tr")[1:]] == [["98 %", "95 %"]] * 2
+    assert {cell.attributes.get("class") for cell in (*answers.all("td"), *routing.all("td"))} == {"n"}
+    words = part.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "int4 and int8 weights" in words
+    assert "errors up to 0.4 and the same best token at 85 %" in words
+    assert "60 language and 20 vision tokens" in words
+    dense = document(sparse=(), quantised=True)
+    dense["quantisation"]["routing"] = {"language": {}, "vision": {}}
+    [part] = [each for each in read(render(dense)).all("section") if "Accepted" in each.text]
+    assert "experts" not in part.text
+
+
 def test_nothing_compared_is_not_passed() -> None:
     found = document()
     found["checks"] = [check for check in found["checks"] if not check["ran"]]
