@@ -63,8 +63,7 @@ def test_the_wheel_holds_every_source_file_and_recipe(wheel: zipfile.ZipFile) ->
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for package, folder in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".css", ".jinja", ".cpp", ".h", ".sh", ".txt")
-        or path.name in _OTHERS
+        if path.suffix in (".py", ".yaml", ".css", ".jinja", ".cpp", ".h", ".sh", ".txt") or path.name in _OTHERS
     }
     assert expected <= held
     models = re.compile(

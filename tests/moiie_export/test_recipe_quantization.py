@@ -53,7 +53,11 @@ def test_rules_in_order(tmp_path: Path) -> None:
             "method: contradicts format fp8, which has no method 'gptq'",
             "rtn",
         ),
-        ("{match: [dense, experts], format: fp8}", "format: experts: experts have no fp8 form", "int4, int8 or float16"),
+        (
+            "{match: [dense, experts], format: fp8}",
+            "format: experts: experts have no fp8 form",
+            "int4, int8 or float16",
+        ),
         ("{match: vision_experts, format: w8a8}", "format: vision_experts: experts have no w8a8 form", "before"),
         ("{match: dense, format: int4, method: qptq}", "which has no method 'qptq'", "methods of int4: rtn, awq, gptq"),
         ("{match: dense, format: itn4}", "format: expected int4 or int8 or fp8", "did you mean int4?"),

@@ -80,7 +80,9 @@ def test_a_stack_whose_experts_differ_is_taken_apart(source: ModelSource) -> Non
 
 
 def test_experts_have_no_form_with_a_scale_per_row(source: ModelSource) -> None:
-    with pytest.raises(Unsound, match=r"match '\*': decoder\..*\.experts\..*: experts have no w8a8 form; put a rule for"):
+    with pytest.raises(
+        Unsound, match=r"match '\*': decoder\..*\.experts\..*: experts have no w8a8 form; put a rule for"
+    ):
         resolved(source, rule("*", "w8a8"))
     assert resolved(source, rule("experts", "float16"), rule("*", "w8a8")).forms[GATE_UP] == Form("float16")
 
