@@ -22,7 +22,7 @@ from moiie_export.weights_units import BLOCK, CALIBRATED_BLOCK, units_of
 from moiie_runtime.tensor_header import ITEM_SIZES
 
 WEIGHTS_FILE = "onnx/weights.safetensors"
-WEIGHTS_CODE = 1
+WEIGHTS_CODE = 2
 """Raised whenever this stage would write other bytes for the same checkpoint and storage."""
 
 _WIDE_FIRST = ("F32", "F16")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moiie_export.quantize.packing import Float32, Quantized
+from moiie_export.quantize.rounding import round_natively
 from moiie_export.quantize.scheme import Scheme
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_runtime.errors import MoiieError
@@ -29,6 +30,23 @@ _SMALLEST, _NORMAL = float(np.finfo(np.float16).smallest_subnormal), float(np.fi
 def rtn(weight: Float32, scheme: Scheme, stats: InputStatistics | None = None, *, name: str = "weight") -> Quantized:
     """Round to nearest; see `Quantizer`. Statistics are not needed."""
     scheme.check_row(weight.shape[-1], name)
+    found = round_natively(weight, scheme, _divisors(scheme))
+    if found is None:
+        return _round_with_torch(weight, scheme, name)
+    if not np.isfinite(found.scales).all():
+        groups = as_tensor(weight).view(-1, scheme.group_size)
+        require_finite(groups, torch.from_numpy(found.scales.reshape(-1)).float(), name)
+    return found
+
+
+def _divisors(scheme: Scheme) -> tuple[float, float]:
+    """What a group's largest and smallest number are divided by to find its first scale."""
+    bottom, beyond = float(scheme.lowest), 0.5 if scheme.bits == 4 else 0.0
+    return -bottom - 1 + beyond, bottom - beyond
+
+
+def _round_with_torch(weight: Float32, scheme: Scheme, name: str) -> Quantized:
+    """`rtn` where nothing was compiled: the same bytes."""
     rows, columns = weight.shape
     groups = as_tensor(weight).view(-1, scheme.group_size)
     values = torch.empty(groups.shape, dtype=torch.int8)
@@ -62,17 +80,26 @@ def fit_scales(groups: torch.Tensor, scheme: Scheme, rounded: torch.Tensor, spar
     Returns:
         float32 [G], each exactly a float16, 1 for a group of zeros; not finite where a group is not, or is too large.
     """
-    bottom, beyond = float(scheme.lowest), 0.5 if scheme.bits == 4 else 0.0
+    up, down = _divisors(scheme)
     low, high = groups.amin(1), groups.amax(1)  # aminmax takes six times as long
-    scale = as_float16(torch.maximum(high / (-bottom - 1 + beyond), low / (bottom - beyond)))
+    scale = as_float16(torch.maximum(high / up, low / down))
     round_groups(groups, scale, scheme, rounded)
     if scheme.bits > 4:
         return scale
-    product = torch.mul(groups, rounded, out=spare).sum(1)
-    energy = torch.mul(rounded, rounded, out=spare).sum(1)
+    product = _sum(torch.mul(groups, rounded, out=spare))
+    energy = _sum(torch.mul(rounded, rounded, out=spare))
     scale = as_float16(torch.where(energy > 0, product / energy, scale))
     round_groups(groups, scale, scheme, rounded)
     return scale
+
+
+def _sum(terms: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows of [G, g], taken by halves, which overwrites `terms`: a fixed order, which rounding.cpp has too."""
+    half = terms.shape[1]
+    while half > 1:
+        half //= 2
+        terms[:, :half] += terms[:, half : 2 * half]
+    return terms[:, 0].clone()
 
 
 def as_float16(scale: torch.Tensor) -> torch.Tensor:

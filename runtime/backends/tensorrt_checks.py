@@ -69,12 +69,13 @@ def _gpu(engine: Engine) -> tuple[Driver, Gpu]:
 def _check_floor(engine: Engine, driver: Driver) -> None:
     floor: Mapping[str, Any] = engine.document.get("floor") or {}
     found = {"cuda": _dotted(driver.cuda), "driver": driver.version}
+    basis = f" ({floor['basis']})" if floor.get("basis") else ""
     names = {"cuda": "the CUDA release of the driver", "driver": "the driver"}
     for key, name in names.items():
         oldest, here = floor.get(key), found[key]
         if oldest is not None and here is not None and _numbers(here) < _numbers(str(oldest)):
             raise MissingDependency(
-                f"engine {engine.target}: {name} is {here}, {engine.backend} needs at least {oldest}",
+                f"engine {engine.target}: {name} is {here}, {engine.backend} needs at least {oldest}{basis}",
                 "update NVIDIA's driver (on a Jetson: JetPack)",
             )
 
