@@ -45,7 +45,7 @@ def test_json_counts_agree_with_the_manifest_and_the_weights(moiie: Moiie, bundl
 
 def test_verify_passes_a_sound_bundle(moiie: Moiie, bundle: Path) -> None:
     result = moiie("inspect", bundle, "--verify")
-    assert (result.code, result.err) == (0, "all 11 files are as bundle.json says\n")
+    assert (result.code, result.err) == (0, "all 12 files are as bundle.json says\n")
     assert moiie("inspect", bundle, "--verify", "--json").document["verified"] is True
 
 
@@ -104,4 +104,4 @@ def test_it_needs_no_backend_and_no_torch(bundle: Path) -> None:
     block = "import sys\nfor m in ('torch', 'onnx', 'onnxruntime', 'transformers'): sys.modules[m] = None\n"
     code = f"{block}from moiie_export.cli import main; main(['inspect', {str(bundle)!r}, '--verify'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "all 11 files are as bundle.json says\n")
+    assert (done.returncode, done.stderr) == (0, "all 12 files are as bundle.json says\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from moiie_export.model.load import load_model
 from moiie_export.source import ModelSource
 from moiie_recipes.demo.held_out import held_out
 from moiie_runtime.vlm import VLM, load
-from tests.conftest import ROOT
 
 CHECKPOINT = shipped_checkpoint(MOIIE)
 
@@ -79,12 +77,3 @@ def test_the_demo_draws_asks_and_shows_the_routing(vlm: VLM, tmp_path: Path) -> 
     assert (vision_only[:, 0] == 0).all()
     assert (language_only[:, 1] == 0).all()
     assert (counts.sum(axis=1)[:, 1] == 3 * 2 * 35).all(), "35 image tokens a question, two experts each"
-
-
-def test_the_clean_tree_is_at_most_24_mib() -> None:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    if listed.returncode:
-        pytest.skip("no git checkout")
-    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
-    total = sum(file.stat().st_size for file in files if file.is_file())
-    assert total <= 24 << 20, f"{total / 2**20:.1f} MiB are tracked"

@@ -91,7 +91,7 @@ def test_the_bundle_is_its_checkpoint(base: Exported, changed: Path) -> None:
     assert routing["vision"]["1"]["tokens"] == 3 * 3
     assert 0 < routing["language"]["1"]["same"] <= routing["language"]["1"]["tokens"]
     page = render(document)
-    assert "int4, int8 weights stand for" in page
+    assert "int4 and int8 weights stand for" in page
     assert "routing by layer and modality" in page
 
 
