@@ -92,7 +92,7 @@ def test_the_bundle_is_its_checkpoint(base: Exported, changed: Path) -> None:
     assert 0 < routing["language"]["1"]["same"] <= routing["language"]["1"]["tokens"]
     page = render(document)
     assert "int4 and int8 weights stand for" in page
-    assert "routing by layer and modality" in page
+    assert "same experts by layer" in page
 
 
 def test_bounds_of_quantisation_are_enforced(base: Exported, changed: Path) -> None:
