@@ -56,6 +56,11 @@ class Engine:
         """The command that makes it again."""
         return f"moiie build {self.bundle.root} --target {self.target}"
 
+    @property
+    def releases_after_prefill(self) -> bool:
+        """Whether the target asks that what only the prompt needs leaves the device before the answer."""
+        return (self.document.get("settings") or {}).get("residency") == "after_prefill"
+
     def options(self) -> EngineOptions:
         """What its sessions need, made once for all of them; the caller closes it.
 

@@ -101,3 +101,20 @@ def _kept(wanted: Exported, folder: Path, write: Callable[[], object]) -> Export
 
 SMALLEST: dict[str, Any] = {"layers": 1, "moe_layers": "all", "vocab": 288}
 """A whole MoIIE model in one decoder layer: what exports fastest."""
+
+
+FUSIBLE = {
+    "hidden": 64,
+    "intermediate": 96,
+    "heads": 4,
+    "kv_heads": 2,
+    "backbone": "llama",
+    "tower": (32, 64, 2, 2, 28, 14),
+}
+"""Sizes for lowerings: heads of 16, which fused attention can rotate inside; rows that groups of 32 divide."""
+MIXED_RULES = (
+    {"match": ("*experts.0.*", "lm_head"), "format": "int8"},
+    {"match": ("experts", "dense", "attention"), "format": "int4"},
+    {"match": ("vision_tower",), "format": "int8"},
+)
+"""Vision-only experts in another form than the others, a head of its own, and biases in the tower."""

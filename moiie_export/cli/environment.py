@@ -108,10 +108,12 @@ def _onnxruntime() -> Iterator[Finding]:
     except ImportError as error:
         yield Finding("onnxruntime", "fail", f"cannot be imported: {error}", "pip install 'moiie-export[cpu]'")
         return
+    from moiie_runtime.versions import version_numbers
+
     found = str(onnxruntime.__version__)
     providers = onnxruntime.get_available_providers()
     detail = f"{found} with {', '.join(providers)}"
-    if _numbers(found) < OLDEST_ONNXRUNTIME:
+    if version_numbers(found)[:2] < OLDEST_ONNXRUNTIME:
         oldest = ".".join(str(each) for each in OLDEST_ONNXRUNTIME)
         hint = f"pip install --upgrade 'onnxruntime>={oldest}'"
         yield Finding("onnxruntime", "fail", f"{detail}; a bundle needs at least {oldest}", hint)
@@ -131,7 +133,3 @@ def _export_extra() -> Finding:
         )
     detail = f"not installed: {', '.join(missing)} (only `moiie export` and `moiie parity` need them)"
     return Finding("export", "info", detail, "pip install 'moiie-export[export]'")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

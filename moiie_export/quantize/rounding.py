@@ -40,10 +40,8 @@ def round_natively(weight: Float32, scheme: Scheme, divisors: tuple[float, float
     values = np.zeros((rows, columns), np.int8)
     scales = np.empty((rows, columns // scheme.group_size), np.float16)
     known = np.array([scheme.lowest, -scheme.lowest - 1, *divisors], np.float32)
-    pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (known, values, scales))
-    span, fitted, to_values, to_scales = next(pointers), scheme.bits == 4, next(pointers), next(pointers)
-    source = numbers.ctypes.data_as(ctypes.c_void_p)
-    done = function(source, scales.size, scheme.group_size, span, fitted, to_values, to_scales)
+    source, span, to_values, to_scales = (array.ctypes.data for array in (numbers, known, values, scales))
+    done = function(source, scales.size, scheme.group_size, span, scheme.bits == 4, to_values, to_scales)
     return Quantized(values, scales) if done else None
 
 

@@ -26,6 +26,7 @@ from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import Engine
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.tensors import TensorFile
+from moiie_runtime.versions import version_numbers
 
 try:
     import onnxruntime as ort
@@ -210,10 +211,7 @@ class OrtCudaSession(OnnxRuntimeSession):
                 raise MoiieError(f"{self._where}: output `{name}` can only be bound to a buffer of the device")
             array = self._device.upload(array, f"input {name}", spec.dtype)
             self._copied.append(array)
-        fits = len(array.shape) == len(spec.shape) and all(
-            isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
-        )
-        if array.dtype != spec.dtype or not fits:
+        if array.dtype != spec.dtype or not spec.admits(array.shape):
             raise MoiieError(f"{self._where}: `{name}` must be {spec}, got {TensorSpec(array.dtype, array.shape)}")
         return array
 
@@ -287,8 +285,7 @@ def prepare(engine: Engine) -> EngineOptions:
 
 def released_components(engine: Engine) -> tuple[str, ...]:
     """The components whose sessions are closed after the prompt, when the target was built with `after_prefill`."""
-    settings = engine.document.get("settings", {})
-    if settings.get("residency") != "after_prefill":
+    if not engine.releases_after_prefill:
         return ()
     return tuple(name for name in engine.bundle.phases if name != "decoder_decode")
 
@@ -300,15 +297,15 @@ def check_release(needs: Mapping[str, str], installed: str) -> None:
         MissingDependency: it is older than the engine needs.
     """
     wanted = needs.get("onnxruntime")
-    if wanted is not None and _numbers(installed) < _numbers(wanted):
+    if wanted is not None and _release(installed) < _release(wanted):
         raise MissingDependency(
             f"this engine needs ONNX Runtime {wanted} or newer, {installed} is installed: its MoE computes another SwiGLU",
             f'pip install "onnxruntime-gpu>={wanted}" (Python 3.11 or newer), or run the target cpu',
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+def _release(version: str) -> tuple[int, ...]:
+    return version_numbers(version)[:2]
 
 
 def _check_libraries(folder: Path) -> None:

@@ -29,6 +29,12 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def admits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this shape has its rank and its fixed sizes."""
+        return len(shape) == len(self.shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(self.shape, shape, strict=True)
+        )
+
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
@@ -170,9 +176,6 @@ def check_array(where: str, name: str, spec: TensorSpec, array: Array) -> None:
     """Refuse an array whose element type, rank or fixed sizes differ from `spec`."""
     if not isinstance(array, np.ndarray):
         raise MoiieError(f"{where}: `{name}` must be a numpy array of {spec}, got {type(array).__name__}")
-    fits = len(array.shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
-    )
-    if array.dtype.name != spec.dtype or not fits:
+    if array.dtype.name != spec.dtype or not spec.admits(array.shape):
         got = TensorSpec(array.dtype.name, array.shape)
         raise MoiieError(f"{where}: `{name}` must be {spec}, got {got}")

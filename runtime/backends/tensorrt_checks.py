@@ -11,6 +11,7 @@ from moiie_runtime.backends.gpu_info import Driver, Gpu, find_driver
 from moiie_runtime.backends.tensorrt_library import Library, load_library
 from moiie_runtime.errors import MissingDependency
 from moiie_runtime.strict_files import sha256_file
+from moiie_runtime.versions import version_numbers
 
 if TYPE_CHECKING:
     from moiie_runtime.engines import Engine
@@ -73,7 +74,7 @@ def _check_floor(engine: Engine, driver: Driver) -> None:
     names = {"cuda": "the CUDA release of the driver", "driver": "the driver"}
     for key, name in names.items():
         oldest, here = floor.get(key), found[key]
-        if oldest is not None and here is not None and _numbers(here) < _numbers(str(oldest)):
+        if oldest is not None and here is not None and version_numbers(here) < version_numbers(str(oldest)):
             raise MissingDependency(
                 f"engine {engine.target}: {name} is {here}, {engine.backend} needs at least {oldest}{basis}",
                 "update NVIDIA's driver (on a Jetson: JetPack)",
@@ -109,7 +110,3 @@ def _check_plugins(engine: Engine) -> None:
 
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(str(each) for each in numbers)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())

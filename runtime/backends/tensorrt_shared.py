@@ -140,6 +140,6 @@ class TensorRtShared:
 
 def after_prefill(engine: Engine) -> tuple[str, ...]:
     """Components whose engines leave the device when the prompt was run; none where the target keeps them."""
-    if (engine.document.get("settings") or {}).get("residency") != "after_prefill":
+    if not engine.releases_after_prefill:
         return ()
     return tuple(encoder.component for encoder in engine.bundle.encoders)

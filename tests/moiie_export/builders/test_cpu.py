@@ -19,31 +19,16 @@ from moiie_export.targets import Target, find_target
 from moiie_runtime import native
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.tensors import TensorFile
-from tests.exports import SMALLEST, exported
+from tests.exports import FUSIBLE, MIXED_RULES, SMALLEST, exported
 
-MODEL = {
-    "hidden": 64,
-    "intermediate": 96,
-    "heads": 4,
-    "kv_heads": 2,
-    "layers": 2,
-    "backbone": "llama",
-    "tower": (32, 64, 2, 2, 28, 14),
-}
-"""Heads of 16, which attention can rotate inside; rows that groups of 32 divide."""
-RULES = (
-    {"match": ("*experts.0.*", "lm_head"), "format": "int8"},
-    {"match": ("experts", "dense", "attention"), "format": "int4"},
-    {"match": ("vision_tower",), "format": "int8"},
-)
-"""Vision-only experts in another form than the others, a head of its own, and biases in the tower."""
+MODEL = {**FUSIBLE, "layers": 2}
 PROMPT = "What is this? " * 3
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("cpu") / "bundle"
-    shutil.copytree(exported(MODEL, rules=RULES, max_context=256).bundle, copy)
+    shutil.copytree(exported(MODEL, rules=MIXED_RULES, max_context=256).bundle, copy)
     return copy
 
 

@@ -19,23 +19,9 @@ from moiie_export.targets import find_target
 from moiie_runtime.backends import onnxruntime_cuda
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.tensors import TensorFile
-from tests.exports import exported
+from tests.exports import FUSIBLE, MIXED_RULES, exported
 from tests.host_device import HostDevice, emulate
 
-MODEL = {
-    "hidden": 64,
-    "intermediate": 96,
-    "heads": 4,
-    "kv_heads": 2,
-    "backbone": "llama",
-    "tower": (32, 64, 2, 2, 28, 14),
-}
-"""Heads of 16, which GroupQueryAttention can rotate inside."""
-RULES = (
-    {"match": ("*experts.0.*", "lm_head"), "format": "int8"},
-    {"match": ("experts", "dense", "attention"), "format": "int4"},
-    {"match": ("vision_tower",), "format": "int8"},
-)
 PRECISIONS = {"float32": 1e-5, "float16": 0.02}
 """Precision -> largest difference of logits, as a share of the largest."""
 
@@ -47,8 +33,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def copy(kind: str) -> Path:
         if kind not in made:
-            quantised = {**MODEL, "layers": 2}, "float32", 256, RULES
-            plain = {**MODEL, "layers": 1, "moe_layers": "all"}, "float16", 256
+            quantised = {**FUSIBLE, "layers": 2}, "float32", 256, MIXED_RULES
+            plain = {**FUSIBLE, "layers": 1, "moe_layers": "all"}, "float16", 256
             source = exported(*(quantised if kind == "quantised" else plain)).bundle
             made[kind] = Path(shutil.copytree(source, tmp_path_factory.mktemp("cuda") / "bundle"))
         return made[kind]

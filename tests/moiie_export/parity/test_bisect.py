@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -111,13 +113,19 @@ def test_a_damaged_weight_is_found_where_it_is_used(
     assert difference.error > difference.bound
 
 
+@contextmanager
+def changed(path: Path) -> Iterator[Any]:
+    """The nodes of a graph file, which is written again with what was done to them."""
+    model = onnx.load(path, load_external_data=False)
+    yield model.graph.node
+    onnx.save(model, path)
+
+
 def test_a_changed_node_is_named(engine: Callable[[str], Path]) -> None:
     folder = engine("wide")
-    path = folder / "decoder_prefill.onnx"
-    model = onnx.load(path, load_external_data=False)
-    node = next(each for each in model.graph.node if each.op_type == "Sigmoid")
-    node.op_type = "Tanh"
-    onnx.save(model, path)
+    with changed(folder / "decoder_prefill.onnx") as nodes:
+        node = next(each for each in nodes if each.op_type == "Sigmoid")
+        node.op_type = "Tanh"
     (difference,) = found(folder).differences
     assert (difference.component, difference.node, difference.op) == ("decoder_prefill", node.name, "Tanh")
     assert difference.origin.startswith("decoder.layers.0.mlp")
@@ -127,11 +135,9 @@ def test_a_changed_node_is_named(engine: Callable[[str], Path]) -> None:
 def test_a_fused_op_that_is_wrong_is_named(engine: Callable[[str], Path]) -> None:
     """An attribute of GroupQueryAttention: what it gives is compared behind it."""
     folder = engine("ort-cuda")
-    path = folder / "decoder_decode.onnx"
-    model = onnx.load(path, load_external_data=False)
-    node = [each for each in model.graph.node if each.op_type == "GroupQueryAttention"][1]
-    node.attribute.append(onnx.helper.make_attribute("scale", 3.0))
-    onnx.save(model, path)
+    with changed(folder / "decoder_decode.onnx") as nodes:
+        node = [each for each in nodes if each.op_type == "GroupQueryAttention"][1]
+        node.attribute.append(onnx.helper.make_attribute("scale", 3.0))
     difference = first(folder, "decoder_decode")
     assert node.name in (difference.node, *difference.unseen)
     assert difference.origin.startswith("decoder.layers.1.self_attn")
@@ -139,12 +145,10 @@ def test_a_fused_op_that_is_wrong_is_named(engine: Callable[[str], Path]) -> Non
 
 def test_values_that_are_not_finite_differ(engine: Callable[[str], Path]) -> None:
     folder = engine("wide")
-    path = folder / "vision_encoder.onnx"
-    model = onnx.load(path, load_external_data=False)
-    node = next(each for each in model.graph.node if each.op_type == "Gelu")
-    node.op_type = "Log"
-    del node.attribute[:]
-    onnx.save(model, path)
+    with changed(folder / "vision_encoder.onnx") as nodes:
+        node = next(each for each in nodes if each.op_type == "Gelu")
+        node.op_type = "Log"
+        del node.attribute[:]
     difference = first(folder, "vision_encoder")
     assert (difference.node, difference.error) == (node.name, float("inf"))
 
