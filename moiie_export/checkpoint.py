@@ -46,6 +46,8 @@ class _Source(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]: ...
 
+    def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]: ...
+
     def close(self) -> None: ...
 
 
@@ -113,6 +115,10 @@ class Checkpoint:
             MoiieError: no such tensor, rows outside it, integers, or a float64 that float32 cannot hold.
         """
         return self._sources[self._entry(name).file].rows(name, start, stop)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """The same rows as they lie in the file, bfloat16 as uint16; a view that is not to be changed."""
+        return self._sources[self._entry(name).file].stored_rows(name, start, stop)
 
     def raw_dtype(self, name: str) -> str:
         """The dtype a tensor is stored in, by its safetensors name. Raises MoiieError for an unknown tensor."""

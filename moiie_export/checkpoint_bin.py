@@ -61,6 +61,10 @@ class BinFile:
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows [start, stop) of a tensor of floats as a new float32 array; see `TensorFile.rows`."""
+        return cast_rows(self.stored_rows(name, start, stop), np.float32, f"{self.path}: tensor {quote(name)}", start)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """The same as they are stored; see `TensorFile.stored_rows`."""
         import torch
 
         info = self.header.get(name)
@@ -74,10 +78,8 @@ class BinFile:
             raise MoiieError(f"{where} has {count} rows, not {start}:{stop}")
         block = self._tensors[name].reshape(info.shape or (1,))[start:stop]
         if info.dtype == "BF16":
-            numbers = block.view(torch.int16).numpy().view(np.uint16)
-        else:
-            numbers = block.numpy()
-        return cast_rows(numbers, np.float32, where, start)
+            return block.view(torch.int16).numpy().view(np.uint16)
+        return block.numpy()
 
     def close(self) -> None:
         """Give up the mapping. Closing twice is allowed."""

@@ -142,12 +142,20 @@ class ModelSource:
         Raises:
             MoiieError: NaN or infinity, naming the checkpoint's tensor and row.
         """
-        source = self.tower if part.source == TOWER else self.checkpoint
-        if source is None:
-            raise RuntimeError(f"{part.tensor}: its source was not opened")
+        source = self._source_of(part)
         block = source.rows(part.tensor, start, stop)
         check_finite(block, part.tensor, source.path / source.tensors[part.tensor].file, start)
         return block
+
+    def stored_rows(self, part: Part, start: int, stop: int) -> npt.NDArray[Any]:
+        """The same rows as the checkpoint has them, unchecked; see `Checkpoint.stored_rows`."""
+        return self._source_of(part).stored_rows(part.tensor, start, stop)
+
+    def _source_of(self, part: Part) -> Checkpoint:
+        source = self.tower if part.source == TOWER else self.checkpoint
+        if source is None:
+            raise RuntimeError(f"{part.tensor}: its source was not opened")
+        return source
 
     def _part_blocks(self, part: Part) -> Iterator[npt.NDArray[np.float32]]:
         rows = part.used_shape[0]

@@ -15,7 +15,7 @@ from moiie_export.quantize.folding import Fold
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_export.stages import Progress
 from moiie_export.weights_file import WeightsFile
-from moiie_export.weights_units import BLOCK, PIECE, Unit, units_of, write_plain, write_quantized
+from moiie_export.weights_units import BLOCK, PIECE, Unit, units_of, write_plain, write_quantized, write_stored
 from moiie_runtime.cores import available_cores
 
 if TYPE_CHECKING:
@@ -136,9 +136,12 @@ class Run:
         return provider.shortage(unit.parameter) if note and provider is not None and statistics is None else note
 
     def _write_rows(self, unit: Unit, statistics: InputStatistics | None) -> str:
-        form = self.job.forms[unit.weight.name]
+        form, folding = self.job.forms[unit.weight.name], self.job.folding
+        touched = folding.reads(unit.parameter) or folding.makes(unit.parameter)
+        if touched is None and write_stored(unit, self.job.source, form, self.file):
+            return ""
         rows = self.job.source.part_rows(unit.part, unit.start, unit.stop)
-        rows = self.job.folding.apply(unit.parameter, rows, unit.first_row, self._scales)
+        rows = folding.apply(unit.parameter, rows, unit.first_row, self._scales)
         if form.scheme is None:
             write_plain(unit, rows, form, self.file)
             return ""

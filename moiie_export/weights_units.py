@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moiie_export.quantize.methods import quantizer
-from moiie_export.quantize.packing import INPUT_SCALE, stored_arrays
+from moiie_export.quantize.packing import INPUT_SCALE, Array, stored_arrays
 from moiie_export.quantize.rules import Form
 from moiie_export.quantize.statistics import InputStatistics
+from moiie_export.source import ModelSource
 from moiie_export.weights import Part, Weight
 from moiie_export.weights_file import WeightsFile
 from moiie_runtime.errors import MoiieError
@@ -102,6 +103,24 @@ def to_float16(block: Float32, name: str) -> npt.NDArray[np.float16]:
     return stored
 
 
+def write_stored(unit: Unit, source: ModelSource, form: Form, file: WeightsFile) -> bool:
+    """Write the unit's rows rounded to nearest, straight from the checkpoint's numbers.
+
+    Returns:
+        Whether that was possible; nothing is written where it was not, and the longer way also tells what is wrong.
+    """
+    if form.scheme is None or form.method != "rtn" or not form.scheme.grouped:
+        return False
+    from moiie_export.quantize.rtn import rtn_stored
+
+    rows = source.stored_rows(unit.part, unit.start, unit.stop)
+    arrays = rtn_stored(rows, form.scheme)
+    if arrays is None:
+        return False
+    _write_arrays(unit, arrays, rows.shape, file)
+    return True
+
+
 def write_quantized(
     unit: Unit, rows: Float32, form: Form, file: WeightsFile, statistics: InputStatistics | None
 ) -> str:
@@ -116,8 +135,14 @@ def write_quantized(
     assert form.scheme is not None
     assert form.method is not None
     result = quantizer(form.method, form.format)(rows, form.scheme, statistics, name=unit.parameter)
-    first = unit.first // rows.shape[1]
-    for suffix, array in stored_arrays(result, form.scheme).items():
-        per_row = 0 if suffix == INPUT_SCALE else array.size // len(rows)
-        file.write(unit.weight.name + suffix, first * per_row, array)
+    _write_arrays(unit, stored_arrays(result, form.scheme), rows.shape, file)
     return result.note
+
+
+def _write_arrays(unit: Unit, arrays: Mapping[str, Array], shape: tuple[int, ...], file: WeightsFile) -> None:
+    """The tensors of a quantised block of rows [rows, columns]."""
+    rows, columns = shape
+    first = unit.first // columns
+    for suffix, array in arrays.items():
+        per_row = 0 if suffix == INPUT_SCALE else array.size // rows
+        file.write(unit.weight.name + suffix, first * per_row, array)

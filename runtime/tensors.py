@@ -17,6 +17,7 @@ import numpy.typing as npt
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import INCOMPLETE, open_regular, quote
 from moiie_runtime.tensor_header import (
+    ITEM_SIZES,
     NUMPY_DTYPES,
     TensorInfo,
     read_header,
@@ -97,9 +98,22 @@ class TensorFile:
         if info.dtype not in NUMPY_DTYPES:
             raise MoiieError(
                 f"{self.path}: tensor {quote(name)} is {info.dtype}, which numpy cannot show as it is",
-                "read it with rows(), which converts BF16 to float32",
+                "read it with rows(), which converts BF16 to float32, or with bits()",
             )
         return self._raw(info).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def bits(self, name: str) -> Array:
+        """A read-only view of a whole tensor as the bytes in which it is stored.
+
+        Returns:
+            uint8 [*shape], which is a number each for the 8-bit types, and [*shape, bytes of a number] for others.
+
+        Raises:
+            MoiieError: no such tensor.
+        """
+        info = self._info(name)
+        size = ITEM_SIZES[info.dtype]
+        return self._raw(info).reshape((*info.shape, size) if size > 1 else info.shape)
 
     def rows(self, name: str, start: int, stop: int, dtype: npt.DTypeLike = np.float32) -> Array:
         """Rows [start, stop) along the first axis, converted.
@@ -117,10 +131,14 @@ class TensorFile:
             MoiieError: no such tensor, rows outside it, a tensor of integers, a dtype other than these two, or a finite
                 number that float16 (or float32, from F64) cannot hold.
         """
-        info = self._info(name)
         target = np.dtype(dtype)
         if target not in (np.float32, np.float16):
             raise MoiieError(f"rows(): expected dtype float32 or float16, found {target}")
+        return cast_rows(self.stored_rows(name, start, stop), target, f"{self.path}: tensor {quote(name)}", start)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows [start, stop) as they are stored, a read-only view; bfloat16 as uint16. Otherwise as `rows`."""
+        info = self._info(name)
         if info.dtype not in _FLOATS:
             raise MoiieError(f"{self.path}: tensor {quote(name)}: expected {', '.join(_FLOATS)}, found {info.dtype}")
         shape = info.shape or (1,)
@@ -128,8 +146,7 @@ class TensorFile:
             raise MoiieError(f"{self.path}: tensor {quote(name)} has {shape[0]} rows, not {start}:{stop}")
         row_bytes = info.nbytes // shape[0] if shape[0] else 0
         raw = self._raw(info)[start * row_bytes : stop * row_bytes]
-        numbers = raw.view(NUMPY_DTYPES.get(info.dtype, np.uint16)).reshape((stop - start, *shape[1:]))
-        return cast_rows(numbers, target, f"{self.path}: tensor {quote(name)}", start)
+        return raw.view(NUMPY_DTYPES.get(info.dtype, np.uint16)).reshape((stop - start, *shape[1:]))
 
     def close(self) -> None:
         """Give up the mapping; it goes when the last view of it does. Closing twice is allowed."""

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from moiie_export.quantize.packing import Float32, Quantized
+from moiie_export.quantize.packing import SCALES, Array, Float32, Int8, Quantized
 from moiie_export.quantize.scheme import Scheme
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.native.compiling import compiled
 
+REGISTERS = 0
+"""Bits of the registers that are used; 0 for the widest that the processor has."""
+
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("rounding.cpp")
 # Products and sums stay apart: fused they would be rounded once instead of twice.
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+_FLAGS = ("-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 
 
 def round_natively(weight: Float32, scheme: Scheme, divisors: tuple[float, float]) -> Quantized | None:
@@ -32,17 +35,45 @@ def round_natively(weight: Float32, scheme: Scheme, divisors: tuple[float, float
     Returns:
         Numbers and scales; a group that has no scale has infinity for one, and no numbers.
     """
+    found = _rounded(np.require(weight, np.float32, ["C"]), scheme, divisors, packed=False)
+    return None if found is None else Quantized(*found[:2])
+
+
+def round_stored(rows: Array, scheme: Scheme, divisors: tuple[float, float]) -> dict[str, Array] | None:
+    """What `stored_arrays` of `rtn` gives, straight from a checkpoint's numbers: they are not widened in memory first.
+
+    Args:
+        rows: float32 or bfloat16 (as uint16) [rows, columns]; of other types nothing is made.
+        scheme: int4 or int8.
+        divisors: of a group's largest and of its smallest number.
+
+    Returns:
+        None also where a group has no scale; `rtn` says why.
+    """
+    if rows.dtype not in (np.float32, np.uint16) or not rows.flags.c_contiguous:
+        return None
+    found = _rounded(rows, scheme, divisors, packed=scheme.bits == 4)
+    if found is None or found[2] < found[1].size:
+        return None
+    return {"": found[0], SCALES: found[1]}
+
+
+def _rounded(
+    rows: Array, scheme: Scheme, divisors: tuple[float, float], *, packed: bool
+) -> tuple[Int8, Array, int] | None:
+    """Values, scales, and how many groups have one."""
     function = _function()
     if function is None:
         return None
-    rows, columns = weight.shape
-    numbers = np.require(weight, np.float32, ["C"])
-    values = np.zeros((rows, columns), np.int8)
-    scales = np.empty((rows, columns // scheme.group_size), np.float16)
+    count, columns = rows.shape
+    values = np.zeros((count, columns // 2 if packed else columns), np.int8)
+    scales = np.empty((count, columns // scheme.group_size), np.float16)
     known = np.array([scheme.lowest, -scheme.lowest - 1, *divisors], np.float32)
-    source, span, to_values, to_scales = (array.ctypes.data for array in (numbers, known, values, scales))
-    done = function(source, scales.size, scheme.group_size, span, scheme.bits == 4, to_values, to_scales)
-    return Quantized(values, scales) if done else None
+    source, span, to_values, to_scales = (array.ctypes.data for array in (rows, known, values, scales))
+    brain, fitted = rows.dtype == np.uint16, scheme.bits == 4
+    sizes = (scales.size, scheme.group_size)
+    done = function(source, brain, *sizes, span, fitted, packed, REGISTERS, to_values, to_scales)
+    return (values, scales, done) if done >= 0 else None
 
 
 @cache
@@ -55,6 +86,7 @@ def _function() -> Any:
         return None
     function = library.round_groups
     address, count = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = (address, count, count, address, ctypes.c_int, address, address)
-    function.restype = ctypes.c_int
+    flag = ctypes.c_int
+    function.argtypes = (address, flag, count, count, address, flag, flag, flag, address, address)
+    function.restype = count
     return function

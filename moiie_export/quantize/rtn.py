@@ -15,8 +15,8 @@ import math
 import numpy as np
 import torch
 
-from moiie_export.quantize.packing import Float32, Quantized
-from moiie_export.quantize.rounding import round_natively
+from moiie_export.quantize.packing import Array, Float32, Quantized
+from moiie_export.quantize.rounding import round_natively, round_stored
 from moiie_export.quantize.scheme import Scheme
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_runtime.errors import MoiieError
@@ -37,6 +37,19 @@ def rtn(weight: Float32, scheme: Scheme, stats: InputStatistics | None = None, *
         groups = as_tensor(weight).view(-1, scheme.group_size)
         require_finite(groups, torch.from_numpy(found.scales.reshape(-1)).float(), name)
     return found
+
+
+def rtn_stored(rows: Array, scheme: Scheme) -> dict[str, Array] | None:
+    """What is stored of rows that `rtn` rounds, made at once from numbers as a checkpoint has them.
+
+    Args:
+        rows: [N, K], as `Checkpoint.stored_rows` gives them.
+        scheme: int4 or int8.
+
+    Returns:
+        As `stored_arrays`; None where only `rtn` can do it, or say what is wrong.
+    """
+    return round_stored(rows, scheme, _divisors(scheme))
 
 
 def _divisors(scheme: Scheme) -> tuple[float, float]:

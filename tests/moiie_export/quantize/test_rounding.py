@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiie_export.quantize import rounding
-from moiie_export.quantize.rtn import rtn
+from moiie_export.quantize.packing import stored_arrays
+from moiie_export.quantize.rtn import rtn, rtn_stored
 from moiie_export.quantize.scheme import GROUP_SIZES, Scheme
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.native import compiling
 
 SCHEMES = [Scheme(kind, group) for kind in ("int4", "int8") for group in GROUP_SIZES]
+FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+WIDTHS = [0, 128, *(bits for bits, flag in ((256, " avx2 "), (512, " avx512f ")) if flag in FLAGS)]
 
 
 @pytest.fixture
@@ -45,15 +50,43 @@ def test_it_is_compiled_here() -> None:
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.sampled_from(SCHEMES), st.integers(1, 40), st.integers(1, 3), st.integers(-9, 3), st.integers(0, 10**6))
-def test_same_bytes(scheme: Scheme, rows: int, groups: int, exponent: int, seed: int) -> None:
+@given(
+    st.sampled_from(SCHEMES),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.integers(-9, 3),
+    st.integers(0, 10**6),
+    st.sampled_from(WIDTHS),
+)
+def test_same_bytes(scheme: Scheme, rows: int, groups: int, exponent: int, seed: int, registers: int) -> None:
     weight = numbers(rows, groups * scheme.group_size, exponent, seed)
-    compiled = rtn(weight, scheme)
-    with pytest.MonkeyPatch.context() as without:
-        without.setattr(rounding, "_function", lambda: None)
-        wanted = rtn(weight, scheme)
-    np.testing.assert_array_equal(compiled.values, wanted.values)
-    np.testing.assert_array_equal(compiled.scales.view(np.uint16), wanted.scales.view(np.uint16))
+    brains = (weight.view(np.uint32) >> 16).astype(np.uint16)
+    widened = (brains.astype(np.uint32) << 16).view(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "REGISTERS", registers)
+        compiled = [stored_arrays(rtn(each, scheme), scheme) for each in (weight, widened)]
+        stored = [rtn_stored(each, scheme) for each in (weight, brains)]
+        patch.setattr(rounding, "_function", lambda: None)
+        wanted = [stored_arrays(rtn(each, scheme), scheme) for each in (weight, widened)]
+        assert rtn_stored(weight, scheme) is None
+    for found in (compiled, stored):
+        for each, expected in zip(found, wanted, strict=True):
+            assert each is not None
+            assert {name: array.tobytes() for name, array in each.items()} == {
+                name: array.tobytes() for name, array in expected.items()
+            }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[::3], ids=str)
+def test_what_cannot_be_stored_at_once(scheme: Scheme) -> None:
+    weight = numbers(3, 2 * scheme.group_size, 0, 1)
+    assert rtn_stored(weight, scheme) is not None
+    assert rtn_stored(weight.astype(np.float16), scheme) is None, "another type"
+    assert rtn_stored(weight[:, ::2], scheme) is None, "not in one piece"
+    for bad in (np.nan, np.inf, -np.inf, 3e38):
+        weight[2, -1] = bad
+        assert rtn_stored(weight, scheme) is None
+        assert rtn_stored((weight.view(np.uint32) >> 16).astype(np.uint16), scheme) is None
 
 
 def test_same_bytes_of_many_numbers(by_torch) -> None:
