@@ -48,6 +48,8 @@ class _Source(Protocol):
 
     def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]: ...
 
+    def will_read(self, name: str, start: int, stop: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -119,6 +121,10 @@ class Checkpoint:
     def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """The same rows as they lie in the file, bfloat16 as uint16; a view that is not to be changed."""
         return self._sources[self._entry(name).file].stored_rows(name, start, stop)
+
+    def will_read(self, name: str, start: int, stop: int) -> None:
+        """Let the system fetch rows that are read soon."""
+        self._sources[self._entry(name).file].will_read(name, start, stop)
 
     def raw_dtype(self, name: str) -> str:
         """The dtype a tensor is stored in, by its safetensors name. Raises MoiieError for an unknown tensor."""

@@ -81,6 +81,9 @@ class BinFile:
             return block.view(torch.int16).numpy().view(np.uint16)
         return block.numpy()
 
+    def will_read(self, name: str, start: int, stop: int) -> None:
+        """torch has the mapping: nothing is said to the system."""
+
     def close(self) -> None:
         """Give up the mapping. Closing twice is allowed."""
         self._tensors = {}

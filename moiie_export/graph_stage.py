@@ -18,7 +18,7 @@ from moiie_runtime.tensors import read_header
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH_CODE = 5
+GRAPH_CODE = 6
 """Raised whenever tracing or passes would write another graph for the same model."""
 
 

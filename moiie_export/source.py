@@ -151,6 +151,10 @@ class ModelSource:
         """The same rows as the checkpoint has them, unchecked; see `Checkpoint.stored_rows`."""
         return self._source_of(part).stored_rows(part.tensor, start, stop)
 
+    def will_read(self, part: Part, start: int, stop: int) -> None:
+        """Let the system fetch rows of a part that are read soon."""
+        self._source_of(part).will_read(part.tensor, start, stop)
+
     def _source_of(self, part: Part) -> Checkpoint:
         source = self.tower if part.source == TOWER else self.checkpoint
         if source is None:

@@ -15,7 +15,16 @@ from moiie_export.quantize.folding import Fold
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_export.stages import Progress
 from moiie_export.weights_file import WeightsFile
-from moiie_export.weights_units import BLOCK, PIECE, Unit, units_of, write_plain, write_quantized, write_stored
+from moiie_export.weights_units import (
+    BLOCK,
+    PIECE,
+    Unit,
+    needs_torch,
+    units_of,
+    write_plain,
+    write_quantized,
+    write_stored,
+)
 from moiie_runtime.cores import available_cores
 
 if TYPE_CHECKING:
@@ -92,7 +101,7 @@ class Run:
         """The steps in order, each when it and all before it are done."""
         waiting: deque[tuple[Unit, Future[str]]] = deque()
         workers = min(MOST_WORKERS, available_cores())
-        threads = _Threads(form.scheme is not None for form in self.job.forms.values())
+        threads = _Threads(map(needs_torch, self.job.forms.values()))
         with threads, ThreadPoolExecutor(workers, "weights", threads.take_one) as pool:
             try:
                 for step in self.steps[self.file.done :]:
@@ -107,6 +116,7 @@ class Run:
                         self._note(step, self._write_measured(step))
                         yield step
                     else:
+                        self.job.source.will_read(step.part, step.start, step.stop)
                         waiting.append((step, pool.submit(self._write, step)))
                 while waiting:
                     yield self._result(*waiting.popleft())

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from moiie_export.quantize.methods import quantizer
 from moiie_export.quantize.packing import INPUT_SCALE, Array, stored_arrays
+from moiie_export.quantize.rounding import can_round, round_stored
 from moiie_export.quantize.rules import Form
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_export.source import ModelSource
@@ -103,18 +104,27 @@ def to_float16(block: Float32, name: str) -> npt.NDArray[np.float16]:
     return stored
 
 
+def needs_torch(form: Form) -> bool:
+    """Whether writing a weight takes torch."""
+    return form.scheme is not None and not (_is_rounded(form) and can_round())
+
+
+def _is_rounded(form: Form) -> bool:
+    return form.method == "rtn" and form.scheme is not None and form.scheme.grouped
+
+
 def write_stored(unit: Unit, source: ModelSource, form: Form, file: WeightsFile) -> bool:
     """Write the unit's rows rounded to nearest, straight from the checkpoint's numbers.
 
     Returns:
         Whether that was possible; nothing is written where it was not, and the longer way also tells what is wrong.
     """
-    if form.scheme is None or form.method != "rtn" or not form.scheme.grouped:
+    if form.scheme is None or not _is_rounded(form):
         return False
-    from moiie_export.quantize.rtn import rtn_stored
-
     rows = source.stored_rows(unit.part, unit.start, unit.stop)
-    arrays = rtn_stored(rows, form.scheme)
+    if rows.dtype not in (np.float32, np.uint16):
+        rows = source.part_rows(unit.part, unit.start, unit.stop)
+    arrays = round_stored(rows, form.scheme)
     if arrays is None:
         return False
     _write_arrays(unit, arrays, rows.shape, file)

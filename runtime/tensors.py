@@ -5,6 +5,7 @@ numpy has no bfloat16 and the safetensors library gives no byte offsets, which O
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class TensorFile:
         expected = max((info.offset + info.nbytes for info in self.header.values()), default=0)
         if len(mapping) < expected:  # it shrank since the header was read
             raise MoiieError(f"{self.path}: expected {expected} bytes, found {len(mapping)}", INCOMPLETE)
+        self._mapping: mmap.mmap | None = mapping
         self._bytes: Array | None = np.frombuffer(mapping, np.uint8)
 
     def __enter__(self) -> TensorFile:
@@ -148,9 +150,21 @@ class TensorFile:
         raw = self._raw(info)[start * row_bytes : stop * row_bytes]
         return raw.view(NUMPY_DTYPES.get(info.dtype, np.uint16)).reshape((stop - start, *shape[1:]))
 
+    def will_read(self, name: str, start: int, stop: int) -> None:
+        """Let the system fetch rows [start, stop) while other things are done; says nothing where it cannot."""
+        advice = getattr(mmap, "MADV_WILLNEED", None)
+        info = self.header.get(name)
+        if advice is None or info is None or self._mapping is None or not info.shape:
+            return
+        row_bytes = info.nbytes // max(1, info.shape[0])
+        begin = info.offset + start * row_bytes
+        aligned = begin - begin % mmap.PAGESIZE
+        with contextlib.suppress(OSError, ValueError):
+            self._mapping.madvise(advice, aligned, info.offset + stop * row_bytes - aligned)
+
     def close(self) -> None:
         """Give up the mapping; it goes when the last view of it does. Closing twice is allowed."""
-        self._bytes = None
+        self._bytes = self._mapping = None
 
     def _info(self, name: str) -> TensorInfo:
         try:

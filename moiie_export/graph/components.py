@@ -36,6 +36,8 @@ class Component:
         outputs: names in the order of the module's flattened results.
         probes: outputs that exist only while tracing, so that parity can find their values by name.
         arrange: turns the flat list of inputs into the module's arguments.
+        layers: path of the list of layers in the traced module, most of them alike; empty: there is none.
+        of_depth: makes the same component for so many layers; None: its inputs and outputs do not depend on them.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Component:
     outputs: tuple[Tensor, ...]
     probes: tuple[Tensor, ...]
     arrange: Callable[[list[Any]], tuple[Any, ...]]
+    layers: str = ""
+    of_depth: Callable[[int], Component] | None = None
 
     @property
     def file(self) -> str:

@@ -5,7 +5,7 @@ Dimension legend: batch B, sequence T, kept K, adapters A (1: shared by all rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,11 +128,41 @@ def decoder_components(
         Tensor("inputs_embeds", torch.float32, ("batch", 1, hidden)),
         Tensor("past_lengths", torch.int64, ("batch",)),
     )
+
+    def of_depth(depth: int, which: int) -> Component:
+        below = AdapterLayers(tuple(layer for layer in adapters.layers if layer < depth), adapters.bottleneck)
+        return decoder_components(_of_depth(config, depth), capacity, below)[which]
+
+    path = "decoder.layers"
     many, one = _outputs(config, capacity, "kept", "batch*sequence"), _outputs(config, capacity, 1, "batch")
     return (
-        Component("decoder_prefill", _Prefill, (*prefill, *buffers, *chosen), *many, lambda flat: arrange(flat, 4)),
-        Component("decoder_decode", _Decode, (*decode, *buffers, *chosen), *one, lambda flat: arrange(flat, 2)),
+        Component(
+            "decoder_prefill",
+            _Prefill,
+            (*prefill, *buffers, *chosen),
+            *many,
+            lambda flat: arrange(flat, 4),
+            path,
+            lambda depth: of_depth(depth, 0),
+        ),
+        Component(
+            "decoder_decode",
+            _Decode,
+            (*decode, *buffers, *chosen),
+            *one,
+            lambda flat: arrange(flat, 2),
+            path,
+            lambda depth: of_depth(depth, 1),
+        ),
     )
+
+
+def _of_depth(config: ModelConfig, depth: int) -> ModelConfig:
+    """The same decoder with its first layers only."""
+    text, moe = replace(config.text, num_hidden_layers=depth), config.moe
+    if moe is not None:
+        moe = replace(moe, layers=tuple(layer for layer in moe.layers if layer < depth))
+    return replace(config, text=text, moe=moe)
 
 
 def _buffers(config: ModelConfig, capacity: int, prefix: str) -> tuple[Tensor, ...]:

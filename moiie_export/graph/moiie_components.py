@@ -34,4 +34,5 @@ def _vision(config: MoiieConfig) -> Component:
         (Tensor("image_features", torch.float32, ("images", tokens, config.text.hidden_size)),),
         (Tensor("vision_features", torch.float32, ("images", tokens, config.vision.feature_size)),),
         tuple,
+        layers="vision_encoder.tower.layers",
     )

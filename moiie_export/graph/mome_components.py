@@ -79,6 +79,7 @@ def _router(config: MomeConfig) -> Component:
             Tensor("mole_logits", torch.float32, ("texts", layers, config.mole.num_experts)),
         ),
         tuple,
+        layers="router.sentence_encoder.layers",
     )
 
 
@@ -109,4 +110,5 @@ def _vision(config: MomeConfig, expert: VisionExpert) -> Component:
         (Tensor("image_features", torch.float32, ("images", rows, config.text.hidden_size)),),
         tuple(probes),
         tuple,
+        layers=f"{expert.component}.tower.layers",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from moiie_export.graph.components import Component
+from moiie_export.graph.deepen import scopes
 from moiie_export.graph.quantized import rewrite_quantized
 from moiie_export.graph.storage import Storage
 from moiie_export.ops import DOMAIN, OPS
@@ -111,7 +111,6 @@ def _cast_where_used(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor
 
 ORIGIN = "torch"
 """Metadata of a node: the module of the reference model that it comes from."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def strip_metadata(model: ir.Model, context: PassContext) -> None:
@@ -141,11 +140,7 @@ def strip_metadata(model: ir.Model, context: PassContext) -> None:
 
 def _module(node: ir.Node) -> str:
     """The innermost module that the exporter names for a node; empty where it names none."""
-    try:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    except (SyntaxError, ValueError):
-        return ""
-    module = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
+    module = next(reversed(scopes(node)), "")
     return "" if module.startswith("_") else module  # the exporter's word for "no module"
 
 

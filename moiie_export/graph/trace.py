@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moiie_export.graph.components import Component, Tensor
+from moiie_export.graph.deepen import cut, deepen, find_stack
 from moiie_export.graph.translation import translation_table
 from moiie_export.ops.op import OPSET
 
@@ -31,6 +32,19 @@ def trace(component: Component, model: nn.Module) -> ir.Model:
         Initialisers are named like the model's parameters and have no data yet.
     """
     module = component.module(model).eval()
+    stack = find_stack(module, component)
+    if stack is not None:
+        with cut(module, stack):
+            short = component.of_depth(stack.traced) if component.of_depth else component
+            traced = _trace(short, module)
+        if deepen(traced, stack, component):
+            _set_types(traced, component)
+            return traced
+    return _trace(component, module)
+
+
+def _trace(component: Component, module: nn.Module) -> ir.Model:
+    """Trace all of a module."""
     arguments = component.arrange([component.example(tensor) for tensor in component.inputs])
     dimensions = {
         dim: torch.export.Dim(dim, min=1) for tensor in component.inputs for dim in tensor.dims if isinstance(dim, str)

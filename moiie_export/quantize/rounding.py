@@ -24,43 +24,50 @@ _SOURCE = Path(__file__).with_name("rounding.cpp")
 _FLAGS = ("-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 
 
-def round_natively(weight: Float32, scheme: Scheme, divisors: tuple[float, float]) -> Quantized | None:
+def round_natively(weight: Float32, scheme: Scheme) -> Quantized | None:
     """What `rtn` gives; None where it cannot be done: no compiler, or another group size.
 
     Args:
         weight: float32 [rows, columns].
         scheme: int4 or int8.
-        divisors: of a group's largest and of its smallest number.
 
     Returns:
         Numbers and scales; a group that has no scale has infinity for one, and no numbers.
     """
-    found = _rounded(np.require(weight, np.float32, ["C"]), scheme, divisors, packed=False)
+    found = _rounded(np.require(weight, np.float32, ["C"]), scheme, packed=False)
     return None if found is None else Quantized(*found[:2])
 
 
-def round_stored(rows: Array, scheme: Scheme, divisors: tuple[float, float]) -> dict[str, Array] | None:
+def round_stored(rows: Array, scheme: Scheme) -> dict[str, Array] | None:
     """What `stored_arrays` of `rtn` gives, straight from a checkpoint's numbers: they are not widened in memory first.
 
     Args:
         rows: float32 or bfloat16 (as uint16) [rows, columns]; of other types nothing is made.
         scheme: int4 or int8.
-        divisors: of a group's largest and of its smallest number.
 
     Returns:
         None also where a group has no scale; `rtn` says why.
     """
     if rows.dtype not in (np.float32, np.uint16) or not rows.flags.c_contiguous:
         return None
-    found = _rounded(rows, scheme, divisors, packed=scheme.bits == 4)
+    found = _rounded(rows, scheme, packed=scheme.bits == 4)
     if found is None or found[2] < found[1].size:
         return None
     return {"": found[0], SCALES: found[1]}
 
 
-def _rounded(
-    rows: Array, scheme: Scheme, divisors: tuple[float, float], *, packed: bool
-) -> tuple[Int8, Array, int] | None:
+def can_round() -> bool:
+    """Whether numbers are rounded without torch here."""
+    return _function() is not None
+
+
+def first_divisors(scheme: Scheme) -> tuple[float, float]:
+    """What a group's largest and smallest number are divided by to find its first scale."""
+    bottom, beyond = float(scheme.lowest), 0.5 if scheme.bits == 4 else 0.0
+    return -bottom - 1 + beyond, bottom - beyond
+
+
+def _rounded(rows: Array, scheme: Scheme, *, packed: bool) -> tuple[Int8, Array, int] | None:
     """Values, scales, and how many groups have one."""
     function = _function()
     if function is None:
@@ -68,7 +75,7 @@ def _rounded(
     count, columns = rows.shape
     values = np.zeros((count, columns // 2 if packed else columns), np.int8)
     scales = np.empty((count, columns // scheme.group_size), np.float16)
-    known = np.array([scheme.lowest, -scheme.lowest - 1, *divisors], np.float32)
+    known = np.array([scheme.lowest, -scheme.lowest - 1, *first_divisors(scheme)], np.float32)
     source, span, to_values, to_scales = (array.ctypes.data for array in (rows, known, values, scales))
     brain, fitted = rows.dtype == np.uint16, scheme.bits == 4
     sizes = (scales.size, scheme.group_size)

@@ -15,8 +15,8 @@ import math
 import numpy as np
 import torch
 
-from moiie_export.quantize.packing import Array, Float32, Quantized
-from moiie_export.quantize.rounding import round_natively, round_stored
+from moiie_export.quantize.packing import Float32, Quantized
+from moiie_export.quantize.rounding import first_divisors, round_natively
 from moiie_export.quantize.scheme import Scheme
 from moiie_export.quantize.statistics import InputStatistics
 from moiie_runtime.errors import MoiieError
@@ -30,32 +30,13 @@ _SMALLEST, _NORMAL = float(np.finfo(np.float16).smallest_subnormal), float(np.fi
 def rtn(weight: Float32, scheme: Scheme, stats: InputStatistics | None = None, *, name: str = "weight") -> Quantized:
     """Round to nearest; see `Quantizer`. Statistics are not needed."""
     scheme.check_row(weight.shape[-1], name)
-    found = round_natively(weight, scheme, _divisors(scheme))
+    found = round_natively(weight, scheme)
     if found is None:
         return _round_with_torch(weight, scheme, name)
     if not np.isfinite(found.scales).all():
         groups = as_tensor(weight).view(-1, scheme.group_size)
         require_finite(groups, torch.from_numpy(found.scales.reshape(-1)).float(), name)
     return found
-
-
-def rtn_stored(rows: Array, scheme: Scheme) -> dict[str, Array] | None:
-    """What is stored of rows that `rtn` rounds, made at once from numbers as a checkpoint has them.
-
-    Args:
-        rows: [N, K], as `Checkpoint.stored_rows` gives them.
-        scheme: int4 or int8.
-
-    Returns:
-        As `stored_arrays`; None where only `rtn` can do it, or say what is wrong.
-    """
-    return round_stored(rows, scheme, _divisors(scheme))
-
-
-def _divisors(scheme: Scheme) -> tuple[float, float]:
-    """What a group's largest and smallest number are divided by to find its first scale."""
-    bottom, beyond = float(scheme.lowest), 0.5 if scheme.bits == 4 else 0.0
-    return -bottom - 1 + beyond, bottom - beyond
 
 
 def _round_with_torch(weight: Float32, scheme: Scheme, name: str) -> Quantized:
@@ -93,7 +74,7 @@ def fit_scales(groups: torch.Tensor, scheme: Scheme, rounded: torch.Tensor, spar
     Returns:
         float32 [G], each exactly a float16, 1 for a group of zeros; not finite where a group is not, or is too large.
     """
-    up, down = _divisors(scheme)
+    up, down = first_divisors(scheme)
     low, high = groups.amin(1), groups.amax(1)  # aminmax takes six times as long
     scale = as_float16(torch.maximum(high / up, low / down))
     round_groups(groups, scale, scheme, rounded)

@@ -195,3 +195,36 @@ def test_reading_rows_takes_memory_for_a_block_not_for_the_file(tmp_path: Path, 
         finally:
             tracemalloc.stop()
     assert peak < 3 * step * columns * 4 + 200_000
+
+
+def test_rows_that_are_read_soon_may_be_announced(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"matrix": np.arange(12, dtype=np.float32).reshape(4, 3), "scalar": np.float32(2).reshape(())})
+    with TensorFile(path) as file:
+        for name, start, stop in (
+            ("matrix", 0, 4),
+            ("matrix", 2, 2),
+            ("matrix", 3, 900),
+            ("scalar", 0, 1),
+            ("none", 0, 1),
+        ):
+            file.will_read(name, start, stop)  # advice: whatever it says, nothing fails
+        np.testing.assert_array_equal(file.rows("matrix", 1, 3), [[3, 4, 5], [6, 7, 8]])
+    file.will_read("matrix", 0, 4)
+
+
+def test_stored_rows_are_views(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    bits = np.arange(0x3F80, 0x3F80 + 12, dtype=np.uint16).reshape(4, 3)
+    with TensorWriter(path, {"brain": ("BF16", bits.shape), "half": ("F16", (2,))}) as writer:
+        writer.write(bits)
+        writer.write(np.ones(2, np.float16))
+    with TensorFile(path) as file:
+        found = file.stored_rows("brain", 1, 3)
+        np.testing.assert_array_equal(found, bits[1:3])
+        assert found.dtype == np.uint16
+        assert not found.flags.writeable
+        assert not found.flags.owndata
+        assert file.stored_rows("half", 0, 1).dtype == np.float16
+        with pytest.raises(MoiieError, match="has 4 rows"):
+            file.stored_rows("brain", 3, 5)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from moiie_export.quantize import rounding
 from moiie_export.quantize.packing import stored_arrays
-from moiie_export.quantize.rtn import rtn, rtn_stored
+from moiie_export.quantize.rounding import round_stored
+from moiie_export.quantize.rtn import rtn
 from moiie_export.quantize.scheme import GROUP_SIZES, Scheme
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.native import compiling
@@ -65,10 +66,10 @@ def test_same_bytes(scheme: Scheme, rows: int, groups: int, exponent: int, seed:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounding, "REGISTERS", registers)
         compiled = [stored_arrays(rtn(each, scheme), scheme) for each in (weight, widened)]
-        stored = [rtn_stored(each, scheme) for each in (weight, brains)]
+        stored = [round_stored(each, scheme) for each in (weight, brains)]
         patch.setattr(rounding, "_function", lambda: None)
         wanted = [stored_arrays(rtn(each, scheme), scheme) for each in (weight, widened)]
-        assert rtn_stored(weight, scheme) is None
+        assert round_stored(weight, scheme) is None
     for found in (compiled, stored):
         for each, expected in zip(found, wanted, strict=True):
             assert each is not None
@@ -80,13 +81,13 @@ def test_same_bytes(scheme: Scheme, rows: int, groups: int, exponent: int, seed:
 @pytest.mark.parametrize("scheme", SCHEMES[::3], ids=str)
 def test_what_cannot_be_stored_at_once(scheme: Scheme) -> None:
     weight = numbers(3, 2 * scheme.group_size, 0, 1)
-    assert rtn_stored(weight, scheme) is not None
-    assert rtn_stored(weight.astype(np.float16), scheme) is None, "another type"
-    assert rtn_stored(weight[:, ::2], scheme) is None, "not in one piece"
+    assert round_stored(weight, scheme) is not None
+    assert round_stored(weight.astype(np.float16), scheme) is None, "another type"
+    assert round_stored(weight[:, ::2], scheme) is None, "not in one piece"
     for bad in (np.nan, np.inf, -np.inf, 3e38):
         weight[2, -1] = bad
-        assert rtn_stored(weight, scheme) is None
-        assert rtn_stored((weight.view(np.uint32) >> 16).astype(np.uint16), scheme) is None
+        assert round_stored(weight, scheme) is None
+        assert round_stored((weight.view(np.uint32) >> 16).astype(np.uint16), scheme) is None
 
 
 def test_same_bytes_of_many_numbers(by_torch) -> None:
