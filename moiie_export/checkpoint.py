@@ -50,6 +50,8 @@ class _Source(Protocol):
 
     def will_read(self, name: str, start: int, stop: int) -> None: ...
 
+    def has_read(self, name: str, start: int, stop: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -126,19 +128,27 @@ class Checkpoint:
         """Let the system fetch rows that are read soon."""
         self._sources[self._entry(name).file].will_read(name, start, stop)
 
+    def has_read(self, name: str, start: int, stop: int) -> None:
+        """Let the system forget rows first of all."""
+        self._sources[self._entry(name).file].has_read(name, start, stop)
+
     def raw_dtype(self, name: str) -> str:
         """The dtype a tensor is stored in, by its safetensors name. Raises MoiieError for an unknown tensor."""
         return self._entry(name).dtype
 
     def file_hashes(self) -> dict[str, str]:
-        """Relative name -> hex SHA-256 of every file that was read: config.json, the index, the tensor files."""
+        """Relative name -> hex SHA-256 of every file that was read: config.json, the index, the tensor files.
+
+        The last file is read first: what is read next begins with the first, which then still lies in memory where the
+        whole checkpoint does not fit.
+        """
         names = [CONFIG, *self._files.shards]
         if self._files.index is not None:
             names.append(self._files.index)
+        names.sort(reverse=True)
         with ThreadPoolExecutor(available_cores()) as pool:
-            return dict(
-                zip(sorted(names), pool.map(lambda name: sha256_file(self.path / name), sorted(names)), strict=True)
-            )
+            digests = pool.map(lambda name: sha256_file(self.path / name), names)
+            return dict(sorted(zip(names, digests, strict=True)))
 
     def close(self) -> None:
         """Unmap the files. Closing twice is allowed."""

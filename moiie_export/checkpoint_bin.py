@@ -84,6 +84,9 @@ class BinFile:
     def will_read(self, name: str, start: int, stop: int) -> None:
         """torch has the mapping: nothing is said to the system."""
 
+    def has_read(self, name: str, start: int, stop: int) -> None:
+        """As `will_read`."""
+
     def close(self) -> None:
         """Give up the mapping. Closing twice is allowed."""
         self._tensors = {}

@@ -1,7 +1,7 @@
-"""Graphs traced in other processes while this one writes weights.
+"""Graphs traced in another process while this one writes weights.
 
-Tracing a full-size decoder is some twenty seconds of Python on one core, a graph at a time; threads would take turns with
-those that write. The other processes write nothing into the bundle: they send what they made, and end when this one does.
+Tracing a full-size model is some twenty seconds of Python on one core; a thread would take turns with those that write. The
+other process writes nothing into the bundle: it sends what it made, and ends when this one does.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,11 +53,6 @@ class GraphJob:
     schemes: Mapping[str, Scheme]
     specs: Specs
 
-    def shared_by(self, processes: int) -> Iterator[GraphJob]:
-        """The job in parts of about the same work."""
-        for index in range(min(processes, len(self.names))):
-            yield replace(self, names=self.names[index::processes])
-
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -72,27 +67,26 @@ class _Outcome:
     trace: str = ""
 
 
-class Tracers:
-    """Processes that trace; a context manager that starts them and leaves none behind.
+class Tracer:
+    """A process that traces; a context manager that starts it and leaves nothing behind.
 
     Args:
         job: what to trace.
-        processes: how many; none more than there are graphs.
 
     Attributes:
-        names: the graphs they are at.
+        names: the graphs it is at.
     """
 
-    def __init__(self, job: GraphJob, processes: int) -> None:
+    def __init__(self, job: GraphJob) -> None:
         self.names = job.names
-        self._jobs = list(job.shared_by(processes))
+        self._job = job
         self._found: dict[str, Future[_Outcome]] = {name: Future() for name in job.names}
-        self._processes: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
 
-    def __enter__(self) -> Tracers:
+    def __enter__(self) -> Tracer:
         try:
-            for job in self._jobs:
-                self._start(job)
+            self._start()
         except BaseException:
             self.close()
             raise
@@ -102,16 +96,18 @@ class Tracers:
         self.close()
 
     def close(self) -> None:
-        """End the processes, finished or not."""
-        for process, reader in self._processes:
-            process.kill()
-            process.wait()
-            reader.join()
-            for stream in (process.stdin, process.stdout):
-                assert stream is not None
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-        self._processes.clear()
+        """End the process, finished or not."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        if self._reader is not None:
+            self._reader.join()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
     def check(self) -> None:
         """Raise what went wrong so far, if anything: long work elsewhere need not go on."""
@@ -126,26 +122,25 @@ class Tracers:
         write_bytes(directory / "onnx" / f"{name}.onnx", outcome.graph)
         return notes
 
-    def _start(self, job: GraphJob) -> None:
+    def _start(self) -> None:
         paths = [path or str(Path.cwd()) for path in sys.path]
         code = f"import sys; sys.path[:] = {paths!r}; from {__name__} import main; main()"
         said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the reader
-        process = subprocess.Popen(  # noqa: S603 - this interpreter and this module
+        self._process = process = subprocess.Popen(  # noqa: S603 - this interpreter and this module
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
             start_new_session=True,  # an interrupt from the terminal is for us alone
         )
-        reader = threading.Thread(target=self._listen, args=(process, job.names, said), daemon=True)
-        self._processes.append((process, reader))
-        reader.start()
+        self._reader = threading.Thread(target=self._listen, args=(process, said), daemon=True)
+        self._reader.start()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the reader will say why
-            pickle.dump(job, process.stdin)
+            pickle.dump(self._job, process.stdin)
             process.stdin.flush()
 
-    def _listen(self, process: subprocess.Popen[bytes], names: Sequence[str], said: IO[bytes]) -> None:
+    def _listen(self, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
         """Take what a process sends until it ends."""
         assert process.stdout is not None
         with said:
@@ -153,7 +148,7 @@ class Tracers:
                 while True:
                     outcome: _Outcome = pickle.load(process.stdout)  # noqa: S301 - from our own process
                     self._found[outcome.name].set_result(outcome)
-            missing = [name for name in names if not self._found[name].done()]
+            missing = [name for name in self.names if not self._found[name].done()]
             said.seek(0)
             tail = said.read().decode(errors="replace").strip().rpartition("\n")[2][:300]
         for name in missing:

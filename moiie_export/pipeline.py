@@ -29,12 +29,10 @@ from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import sha256_file
 
 if TYPE_CHECKING:
-    from moiie_export.graph_process import Tracers
+    from moiie_export.graph_process import Tracer
 
 PARALLEL_BYTES = 1 << 30
 """Fewer bytes of weights are written before another process that traces has started."""
-MOST_TRACERS = 2
-"""Each takes half a gigabyte of memory. One alone would still be at it when the weights are long written."""
 _UNKNOWN = "what stays float32 is not measured yet"
 
 WriteGraph: TypeAlias = "Callable[[str, Path], Mapping[str, Any]]"
@@ -98,14 +96,14 @@ def export_bundle(request: ExportRequest, progress: Progress | None = None) -> E
     with _open(request) as source:
         workspace = Workspace.look(request.output)
         work = _measured(request, source, workspace, report)
-        with _tracers(request, source, work, workspace) as tracers:
-            stages = _stages(request, source, work, _tracing(source, work, tracers))
+        with _tracer(request, source, work, workspace) as tracer:
+            stages = _stages(request, source, work, _tracing(source, work, tracer))
             plans = workspace.plan(stages, request.force)
             finished = None if request.force else workspace.finished(stages)
             if finished is None or not workspace.says(manifest := _manifest(work.described, source, finished)):
                 with workspace.locked():
                     plans = workspace.plan(stages, request.force)
-                    records = workspace.execute(stages, _watching(tracers, report), request.force)
+                    records = workspace.execute(stages, _watching(tracer, report), request.force)
                     manifest = _manifest(work.described, source, records)
                     workspace.finish(manifest, list(manifest["files"]))
             elif workspace.littered:
@@ -175,39 +173,37 @@ def _tracing_here(source: ModelSource, work: _Work) -> WriteGraph:
     return lambda name, directory: write_graph(name, source, work.capacity, directory, work.resolved.schemes)
 
 
-def _tracing(source: ModelSource, work: _Work, tracers: Tracers | None) -> WriteGraph:
+def _tracing(source: ModelSource, work: _Work, tracer: Tracer | None) -> WriteGraph:
     """What writes a graph: another process where it is at it, else this one."""
     here = _tracing_here(source, work)
-    if tracers is None:
+    if tracer is None:
         return here
-    return lambda name, directory: (tracers.write if name in tracers.names else here)(name, directory)
+    return lambda name, directory: (tracer.write if name in tracer.names else here)(name, directory)
 
 
 @contextmanager
-def _tracers(
-    request: ExportRequest, source: ModelSource, work: _Work, workspace: Workspace
-) -> Iterator[Tracers | None]:
-    """Processes at the graphs that are not done; None where all is done before they would have started."""
+def _tracer(request: ExportRequest, source: ModelSource, work: _Work, workspace: Workspace) -> Iterator[Tracer | None]:
+    """A process at the graphs that are not done; None where all is done before it would have started."""
     stages = _graph_stages(source, work, _tracing_here(source, work))
     names = tuple(each.name for each in workspace.plan(stages, request.force) if each.action == "run")
     job, cores = WeightsJob.of(source, work.resolved), available_cores()
     if not names or cores < 2 or job.nbytes < PARALLEL_BYTES:
         yield None
         return
-    from moiie_export.graph_process import GraphJob, Tracers
+    from moiie_export.graph_process import GraphJob, Tracer
 
     wanted = GraphJob(names, source.config, source.weight_map, work.capacity, work.resolved.schemes, job.specs())
-    with Tracers(wanted, min(MOST_TRACERS, cores)) as tracers:
-        yield tracers
+    with Tracer(wanted) as tracer:
+        yield tracer
 
 
-def _watching(tracers: Tracers | None, report: Progress) -> Progress:
+def _watching(tracer: Tracer | None, report: Progress) -> Progress:
     """The report, which also ends the work when tracing failed: a graph that cannot be made needs no weights."""
-    if tracers is None:
+    if tracer is None:
         return report
 
     def watch(stage: str, done: int, total: int) -> None:
-        tracers.check()
+        tracer.check()
         report(stage, done, total)
 
     return watch

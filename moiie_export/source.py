@@ -155,6 +155,10 @@ class ModelSource:
         """Let the system fetch rows of a part that are read soon."""
         self._source_of(part).will_read(part.tensor, start, stop)
 
+    def has_read(self, part: Part, start: int, stop: int) -> None:
+        """Let the system forget rows of a part first of all."""
+        self._source_of(part).has_read(part.tensor, start, stop)
+
     def _source_of(self, part: Part) -> Checkpoint:
         source = self.tower if part.source == TOWER else self.checkpoint
         if source is None:

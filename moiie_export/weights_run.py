@@ -137,6 +137,7 @@ class Run:
     def _write(self, unit: Unit) -> str:
         """Write a unit, piece by piece; returns why it was not stored as asked for, or nothing."""
         notes = {self._write_rows(piece, None) for piece in unit.pieces(PIECE)} - {""}
+        self.job.source.has_read(unit.part, unit.start, unit.stop)
         return next(iter(notes), "")
 
     def _write_measured(self, unit: Unit) -> str:

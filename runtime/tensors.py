@@ -41,6 +41,9 @@ Array = npt.NDArray[Any]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
+_FETCH, _COLD = 3, 20
+"""Advice to Linux: MADV_WILLNEED, and MADV_COLD, which Python has no name for."""
+
 
 class TensorFile:
     """A safetensors file, mapped read-only.
@@ -152,14 +155,20 @@ class TensorFile:
 
     def will_read(self, name: str, start: int, stop: int) -> None:
         """Let the system fetch rows [start, stop) while other things are done; says nothing where it cannot."""
-        advice = getattr(mmap, "MADV_WILLNEED", None)
+        self._advise(name, start, stop, _FETCH)
+
+    def has_read(self, name: str, start: int, stop: int) -> None:
+        """These rows may leave the memory before anything else does, when it gets short."""
+        self._advise(name, start, stop, _COLD)
+
+    def _advise(self, name: str, start: int, stop: int, advice: int) -> None:
         info = self.header.get(name)
-        if advice is None or info is None or self._mapping is None or not info.shape:
+        if info is None or self._mapping is None or not info.shape:
             return
         row_bytes = info.nbytes // max(1, info.shape[0])
         begin = info.offset + start * row_bytes
         aligned = begin - begin % mmap.PAGESIZE
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # another system, an older one, no such rows
             self._mapping.madvise(advice, aligned, info.offset + stop * row_bytes - aligned)
 
     def close(self) -> None:

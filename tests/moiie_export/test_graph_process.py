@@ -1,4 +1,4 @@
-"""Tracing in other processes: the same bundle, errors that arrive, and no process that outlives the export."""
+"""Tracing in another process: the same bundle, errors that arrive, and no process that outlives the export."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moiie_export import graph_process, pipeline
-from moiie_export.graph_process import GraphJob, Tracers
+from moiie_export.graph_process import GraphJob, Tracer
 from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.source import ModelSource
 from moiie_export.weights_stage import WeightsJob
@@ -31,7 +30,7 @@ def job() -> Iterator[GraphJob]:
 
 
 def test_the_bundle_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All graphs come from other processes, which share them, and no byte differs."""
+    """All graphs come from the other process, and no byte differs."""
     usual = exported(SMALLEST)
     monkeypatch.setattr(pipeline, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(pipeline, "available_cores", lambda: 2)
@@ -53,28 +52,22 @@ def test_no_process_is_started_where_it_gains_nothing(
 
     monkeypatch.setattr(pipeline, "PARALLEL_BYTES", least)
     monkeypatch.setattr(pipeline, "available_cores", lambda: cores)
-    monkeypatch.setattr(Tracers, "__init__", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(Tracer, "__init__", lambda *_: pytest.fail("started"))
     monkeypatch.setattr(pipeline, "write_graph", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(ExportRequest(usual.checkpoint, tmp_path / "bundle", usual.recipe))
 
 
-def test_parts_of_a_job_are_all_of_it(job: GraphJob) -> None:
-    three = replace(job, names=("a", "b", "c"))
-    for processes, parts in ((1, [("a", "b", "c")]), (2, [("a", "c"), ("b",)]), (9, [("a",), ("b",), ("c",)])):
-        assert [each.names for each in three.shared_by(processes)] == parts
-
-
 def test_a_process_that_dies_is_named_and_stops_the_export(job: GraphJob, tmp_path: Path) -> None:
-    with Tracers(job, 1) as tracers:
-        tracers.check()
-        ((process, _),) = tracers._processes
-        process.kill()
+    with Tracer(job) as tracer:
+        tracer.check()
+        assert tracer._process is not None
+        tracer._process.kill()
         with pytest.raises(MoiieError, match=r"vision_encoder: the process that traced it ended \(-9\)") as caught:
-            tracers.write("vision_encoder", tmp_path)
+            tracer.write("vision_encoder", tmp_path)
         assert "memory" in str(caught.value.hint)
         with pytest.raises(MoiieError, match="ended"):
-            tracers.check()
+            tracer.check()
     assert not list(tmp_path.iterdir())
 
 
@@ -96,9 +89,9 @@ def test_errors_of_the_other_process_arrive_as_they_were(job: GraphJob, monkeypa
 
 _DYING = """
 import os, pickle, sys
-from moiie_export.graph_process import Tracers
-with Tracers(pickle.load(sys.stdin.buffer), 1) as tracers:
-    print(tracers._processes[0][0].pid, flush=True)
+from moiie_export.graph_process import Tracer
+with Tracer(pickle.load(sys.stdin.buffer)) as tracer:
+    print(tracer._process.pid, flush=True)
     os.kill(os.getpid(), 9)
 """
 

@@ -208,7 +208,8 @@ def test_rows_that_are_read_soon_may_be_announced(tmp_path: Path) -> None:
             ("scalar", 0, 1),
             ("none", 0, 1),
         ):
-            file.will_read(name, start, stop)  # advice: whatever it says, nothing fails
+            for advise in (file.will_read, file.has_read):
+                advise(name, start, stop)  # whatever it says, nothing fails
         np.testing.assert_array_equal(file.rows("matrix", 1, 3), [[3, 4, 5], [6, 7, 8]])
     file.will_read("matrix", 0, 4)
 
