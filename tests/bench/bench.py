@@ -57,6 +57,7 @@ def _full_options(full: argparse.ArgumentParser) -> None:
     full.add_argument("--part", type=int, default=1, metavar="N", help="a model with 1/N of the layers, for a dry run")
     full.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="which, in their order")
     full.add_argument("--recipe", type=Path, help="how to export; left out: the decoder in int4, the rest as float32")
+    full.add_argument("--pairs", type=int, default=1, help="exports and comparisons in turn, of which medians are kept")
     full.add_argument("--delete", action="store_true", help="delete what later steps do not need")
 
 

@@ -56,6 +56,10 @@ def run(options: Namespace) -> None:
         if step in options.steps and (step != "build" or options.target != PORTABLE):
             print(f"{step} ...", file=sys.stderr, flush=True)
             found[step] = _STEPS[step](folder, options)
+            if step == "compare" and options.pairs > 1:
+                found |= _pairs(folder, options, found)
+            if step == "compare" and options.delete:
+                shutil.rmtree(folder / "checkpoint")
             state.write_text(json.dumps(found, indent=1) + "\n")
     _report(name, found, options)
     if "run" in options.steps:
@@ -108,14 +112,30 @@ def full_recipe(options: Namespace) -> dict[str, Any]:
     return {"schema": 1, "extends": "default", "description": "for a benchmark", "quantization": {"rules": rules}}
 
 
+def _pairs(folder: Path, options: Namespace, first: dict[str, Any]) -> dict[str, Any]:
+    """The export and what it is compared with once more in turn: of each the run of median length, and all the lengths.
+
+    Memory is the most of all runs.
+    """
+    taken = {name: [first[name]] for name in ("export", "compare")}
+    for _ in range(options.pairs - 1):
+        taken["export"].append(_export(folder, options))
+        taken["compare"].append(_compare(folder, options))
+    found = {}
+    for name, runs in taken.items():
+        ordered = sorted(runs, key=lambda each: each["seconds"])
+        lengths = [{"seconds": each["seconds"], "foreign": each["foreign"]} for each in runs]
+        peak = {"peak_anon": max(each["peak_anon"] for each in runs)}
+        found[name] = {**ordered[(len(runs) - 1) // 2], **peak, "runs": lengths}
+    return found
+
+
 def _compare(folder: Path, options: Namespace) -> dict[str, Any]:
-    """Copying and rounding; with --delete the checkpoint goes afterwards, because nothing needs it any more."""
+    """Copying and rounding."""
     forget_pages((folder / "checkpoint").glob("*.safetensors"))
     module = [sys.executable, "-m", "tests.bench.full_compare"]
     places = [folder / "checkpoint", folder / "model.bundle", folder]
     found = run_job([*module, *map(str, places), str(options.threads)])
-    if options.delete:
-        shutil.rmtree(folder / "checkpoint")
     apart = json.loads(found.pop("stdout"))
     return {**found, **apart}
 

@@ -81,13 +81,10 @@ def text_of(model: ir.Model) -> list[Any]:
 
 
 CASES = {
-    "prefill": (moiie(4, 1), "decoder_prefill", Stack("decoder.layers", 4, 1)),
     "decode": (moiie(8, 2), "decoder_decode", Stack("decoder.layers", 8, 2)),
     "vision": (moiie(4, 1), "vision_encoder", Stack("vision_encoder.tower.layers", 4, 1)),
-    "adapters": (mome(4), "decoder_decode", Stack("decoder.layers", 4, 1)),
+    "prefill": (mome(4), "decoder_prefill", Stack("decoder.layers", 4, 1)),
     "router": (mome(4), "router", Stack("router.sentence_encoder.layers", 4, 1)),
-    "clip": (mome(4), "vision_clip", Stack("vision_clip.tower.layers", 4, 1)),
-    "dino": (mome(4), "vision_dino", Stack("vision_dino.tower.layers", 4, 1)),
     "pix2struct": (mome(4), "vision_pix2struct", Stack("vision_pix2struct.tower.layers", 4, 1)),
 }
 
@@ -212,4 +209,5 @@ def test_what_differs_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_trace", trace_badly)
     found = trace(component, model)
     assert len(traced) == 2
-    assert text_of(found) == text_of(_trace(component, component.module(model_of(config)).eval()))
+    assert found is traced[1]
+    assert {f"{component.layers}.{layer}.mlp.fc1.bias" for layer in range(4)} <= set(found.graph.initializers)
