@@ -12,7 +12,7 @@ from moiie_export.recipe_schema import Limits, key
 
 PLAIN = ("float16", "float32")
 DEFAULT_GROUP, DEFAULT_METHOD = 32, "rtn"
-EXPERTS_ADVICE = "put a rule for experts with int4, int8 or float16 before"
+EXPERTS_ADVICE = "put a rule for experts with int4, int8, fp8 or float16 before"
 _GLOB = frozenset("*?[")
 
 
@@ -25,7 +25,7 @@ class QuantRule:
         limits=Limits(single=True),
     )
     format: Literal["int4", "int8", "fp8", "w8a8", "float16", "float32"] = key(
-        "How what matches is stored. int4 and int8 run everywhere; fp8 and w8a8 only on TensorRT targets, and not for experts."
+        "How what matches is stored. int4 and int8 run everywhere; for TensorRT: fp8 (SM 89 or above), w8a8 (no experts)."
     )
     group_size: Literal[32, 64, 128] | None = key(
         f"int4 and int8: columns that share a scale; must divide the row. null: {DEFAULT_GROUP}.", None
@@ -42,7 +42,7 @@ class QuantRule:
     def contradictions(self) -> Iterator[tuple[str, str, str | None]]:
         """(key, what is wrong, hint) of what no checkpoint could make right."""
         from moiie_export.quantize.methods import methods_of
-        from moiie_export.quantize.scheme import GROUPED
+        from moiie_export.quantize.scheme import GROUPED, WEIGHT_ONLY
 
         for position, pattern in enumerate(self.match):
             yield from _pattern_problems(f"match[{position}]" if len(self.match) > 1 else "match", pattern)
@@ -51,7 +51,7 @@ class QuantRule:
         elif not self.plain and all(pattern in (*NEVER, *PLAIN_ONLY) for pattern in self.match):
             yield "match", f"{', '.join(self.match)}: never quantised", "leave the rule out"
         banks = [pattern for pattern in self.match if pattern in ("experts", *EXPERTS)]
-        if banks and not self.plain and self.format not in GROUPED:
+        if banks and not self.plain and self.format not in WEIGHT_ONLY:
             yield "format", f"{', '.join(banks)}: experts have no {self.format} form", EXPERTS_ADVICE
         if self.group_size is not None and self.format not in GROUPED:
             yield "group_size", f"contradicts format {self.format}, which has no groups", "leave it out"

@@ -114,7 +114,7 @@ DIALECT_SMS: Mapping[Dialect, frozenset[int]] = {
 JetPack (87, 110) has TensorRT 10 only."""
 
 OLDEST_SMS: Mapping[str, int] = {"int4": 80, "fp8": 89, "w8a8": 75}
-"""Format of linear layers -> oldest GPU whose arithmetic has it in TensorRT."""
+"""Format of weights -> oldest GPU whose arithmetic has it in TensorRT; below SM 89 it builds nothing that holds E4M3."""
 
 NATIVE_MOE_SMS = frozenset({100, 103})
 """GPUs for which TensorRT 11 has a layer for experts, by NVIDIA's documents."""

@@ -20,8 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from moiie_plugins.images import PTX_VERSION, Image, Job, compile_job, prepare_worker
-from moiie_plugins.launch import Kernel, Plan, plan_record, plans
+from moiie_plugins.images import FP8_PTX_VERSION, PTX_VERSION, Image, Job, compile_job, prepare_worker
+from moiie_plugins.launch import OLDEST_SM, Kernel, Plan, plan_record, plans
 from moiie_plugins.tiles import SHARED_KIB
 from moiie_runtime.errors import MissingDependency, MoiieError
 
@@ -77,6 +77,20 @@ def fallback_sm(sms: Sequence[int]) -> int:
     return max((sm for sm in sms if sm < _OWN_PTX_LIMIT), default=min(SUPPORTED_SMS))
 
 
+def _selected(sms: Sequence[int], select: Selection | None) -> list[Plan]:
+    """The wanted plans that some of the SMs run; the others are left out, and the library says so when they are asked for."""
+    wanted = [plan for plan in plans() if select is None or select.holds(plan)]
+    if not wanted:
+        raise MoiieError(f"no kernels match {select}")
+    selected = [plan for plan in wanted if plan.oldest_sm <= max(sms)]
+    if not selected:
+        raise MoiieError(
+            f"{wanted[0].weights} weights need SM {wanted[0].oldest_sm} or above, not {', '.join(map(str, sms))}",
+            "neither Triton nor TensorRT has E4M3 numbers for older GPUs: use int8 or int4 there",
+        )
+    return selected
+
+
 def _kernels(selected: Sequence[Plan]) -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     for plan in selected:
@@ -85,11 +99,13 @@ def _kernels(selected: Sequence[Plan]) -> dict[str, Kernel]:
 
 
 def _jobs(kernels: Mapping[str, Kernel], sms: Sequence[int], ptx_versions: Mapping[int, int]) -> Iterator[Job]:
-    fallback = fallback_sm(sms)
     for kernel in kernels.values():
+        fallback = max(fallback_sm(sms), kernel.oldest_sm)
+        floor = FP8_PTX_VERSION if kernel.oldest_sm == OLDEST_SM["fp8"] else 0
         for sm in sorted({*sms, fallback}):
-            kinds = (("cubin",) if sm in sms else ()) + (("ptx",) if sm == fallback else ())
-            yield Job(kernel, sm, ptx_versions.get(sm, PTX_VERSION[sm]), kinds)
+            if sm >= kernel.oldest_sm:
+                kinds = (("cubin",) if sm in sms else ()) + (("ptx",) if sm == fallback else ())
+                yield Job(kernel, sm, max(floor, ptx_versions.get(sm, PTX_VERSION[sm])), kinds)
 
 
 def _key(job: Job, salt: str) -> str:
@@ -156,6 +172,7 @@ def _kernel_record(kernel: Kernel, images: Sequence[Image], places: Mapping[str,
     scratch = extra.pop()
     return {
         "entry": entries.pop(),
+        "oldest_sm": kernel.oldest_sm,
         "module": kernel.module,
         "parameters": [[a.binding, "pointer" if a.pointer else a.type] for a in kernel.arguments]
         + [["", "null"]] * scratch,
@@ -203,13 +220,11 @@ def compile_kernels(
 
     Raises:
         MissingDependency: Triton is not installed.
-        MoiieError: an SM is unknown, nothing is selected, or a kernel does not fit its GPU.
+        MoiieError: an SM is unknown, nothing is selected that one of them runs, or a kernel does not fit its GPU.
     """
     triton = _triton_version()
     _check_sms(sms)
-    selected = [plan for plan in plans() if select is None or select.holds(plan)]
-    if not selected:
-        raise MoiieError(f"no kernels match {select}")
+    selected = _selected(sms, select)
     cache = out / "images"
     cache.mkdir(parents=True, exist_ok=True)
     source = source_hash()

@@ -5,7 +5,7 @@
     symbol NAME DIVISOR [TERM FACTOR]...
     buffer NAME BYTES [DIM]...
     launch KERNEL SYMBOL BLOCK SYMBOL BLOCK SYMBOL BLOCK
-    kernel NAME ENTRY
+    kernel NAME ENTRY OLDEST_SM
     parameter NAME KIND
     image SM KIND OFFSET SIZE NUM_WARPS SHARED [NAME SIZE]...
 
@@ -52,7 +52,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
 
 
 def _kernel(name: str, kernel: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
-    yield ("kernel", name, kernel["entry"])
+    yield ("kernel", name, kernel["entry"], kernel["oldest_sm"])
     for parameter, kind in kernel["parameters"]:
         yield ("parameter", parameter, kind)
     for image in kernel["images"]:

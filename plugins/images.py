@@ -15,9 +15,19 @@ from moiie_plugins.tiles import SHARED_KIB
 from moiie_runtime.errors import MoiieError
 
 PTX_VERSION = {80: 80, 86: 80, 87: 80, 89: 80, 90: 80, 100: 86, 110: 90, 120: 87}
-"""PTX ISA by SM: the oldest that knows the SM and all that the kernels use, so that old drivers take it."""
+"""PTX ISA by SM: the oldest that knows the SM and all that most kernels use, so that old drivers take it."""
+FP8_PTX_VERSION = 81
+"""The oldest PTX ISA that converts E4M3 numbers on every SM that has them; 8.0 does not on SM 89."""
 
-_TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "int32": "i32", "int64": "i64"}
+_TRITON_TYPES = {
+    "float8_e4m3fn": "fp8e4nv",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "int8": "i8",
+    "int32": "i32",
+    "int64": "i64",
+}
 _PTX_TYPES = {"int32": "u32", "int64": "u64", "float32": "f32"}
 
 

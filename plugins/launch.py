@@ -18,7 +18,9 @@ SPLIT = 256
 """Slots of the cache that one program of decode_attention_split visits."""
 ALIGNMENT = 16
 """H and I that are multiples of it let rows be read 16 bytes at a time."""
-BITS = {"float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+BITS = {"float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}
+OLDEST_SM = {"fp8": 89}
+"""Weights -> the first GPUs that convert them: neither Triton nor TensorRT has E4M3 for older ones."""
 
 GridAxis = tuple[str, "int | str"]
 
@@ -43,6 +45,7 @@ class Kernel:
         arguments: those that are passed at a launch, in order.
         fixed: parameters that are compiled in, beside the tile's.
         multiples: integer parameters that are multiples of ALIGNMENT wherever this kernel is used.
+        oldest_sm: the first GPUs that it is compiled for; 0: all.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Kernel:
     arguments: tuple[Argument, ...]
     fixed: Mapping[str, int | None]
     multiples: tuple[str, ...] = ()
+    oldest_sm: int = 0
 
     def tile(self, sm: int) -> Tile:
         """Block sizes, warps and stages on that SM."""
@@ -109,6 +113,11 @@ class Plan:
         whole = all(symbols.get(name, 0) % ALIGNMENT == 0 for name in ("H", "I"))
         return (not self.aligned or whole) and low <= routes and (high == -1 or routes <= high)
 
+    @property
+    def oldest_sm(self) -> int:
+        """The first GPUs that have all its kernels; 0: all."""
+        return max(launch.kernel.oldest_sm for launch in self.launches)
+
     def derive(self, symbols: Mapping[str, int]) -> dict[str, int]:
         """The op's symbols and the plan's own."""
         known = {**symbols, "": 1}
@@ -129,14 +138,14 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     "expert_decode_gate_up": (
         "expert_decode",
         """
-        hidden:x* expert_ids:int32* gate_up:word* gate_up_scales:float16* act=workspace.act:float32*
+        hidden:x* expert_ids:int32* gate_up:word* gate_up_scales:scale* act=workspace.act:float32*
         expert_mask=experts:int64 top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
     ),
     "expert_decode_down": (
         "expert_decode",
         """
-        act=workspace.act:float32* expert_ids:int32* expert_weights:float32* down:word* down_scales:float16* out:x*
+        act=workspace.act:float32* expert_ids:int32* expert_weights:float32* down:word* down_scales:scale* out:x*
         expert_mask=experts:int64 top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
     ),
@@ -144,7 +153,7 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
         "expert_prefill",
         """
         hidden:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32* gate_up:byte*
-        gate_up_scales:float16* act=workspace.act:x*
+        gate_up_scales:scale* act=workspace.act:x*
         top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
     ),
@@ -152,7 +161,7 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
         "expert_prefill",
         """
         act=workspace.act:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32*
-        expert_weights:float32* down:byte* down_scales:float16* partial=workspace.partial:x*
+        expert_weights:float32* down:byte* down_scales:scale* partial=workspace.partial:x*
         hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
     ),
@@ -184,12 +193,20 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     ),
 }
 """Function -> its module and its parameters: name, what is bound to it where that is called otherwise, type. x is the
-type of input 0; weights are 32-bit words or bytes where they are quantised."""
+type of input 0; weights are 32-bit words or bytes where they are whole numbers."""
+
+_INTEGERS = {"word": "int32", "byte": "int8", "scale": "float16"}
+_STORED: Mapping[str, Mapping[str, str]] = {
+    "fp8": {"word": "float8_e4m3fn", "byte": "float8_e4m3fn", "scale": "float32"},
+    "int8": _INTEGERS,
+    "int4": _INTEGERS,
+}
+"""Quantised weights -> the types of the parameters that hold them."""
+_EXPERT_OPS = {"fp8": "Fp8ExpertDispatch", "int8": "QuantizedExpertDispatch", "int4": "QuantizedExpertDispatch"}
 
 
 def _arguments(function: str, dtype: str, weights: str, fixed: Mapping[str, int | None]) -> tuple[Argument, ...]:
-    quantized = weights in ("int8", "int4")
-    types = {"x": dtype, "word": "int32" if quantized else weights, "byte": "int8" if quantized else weights}
+    types = {"x": dtype, **_STORED.get(weights, {"word": weights, "byte": weights})}
     arguments = []
     for word in _FUNCTIONS[function][1].split():
         names, kind = word.split(":")
@@ -205,15 +222,17 @@ def _kernel(function: str, dtype: str, weights: str = "", aligned: bool | None =
     multiples: tuple[str, ...] = ()
     if weights:
         fixed["BITS"] = BITS[weights]
-        if fixed["BITS"] == 16:
-            scales = "gate_up_scales" if function.endswith("gate_up") else "down_scales"
-            fixed |= {scales: None, "group_shift": 0}
-        # Quantised rows are whole groups of 32 columns, so that they are aligned whatever their length.
+        if weights not in ("int8", "int4"):
+            fixed["group_shift"] = 0
+        if weights not in _STORED:
+            fixed["gate_up_scales" if function.endswith("gate_up") else "down_scales"] = None
+        # Rows in groups are whole groups of 32 columns, so that they are aligned whatever their length.
         multiples = ("hidden_size", "intermediate") if aligned else ()
     suffix = ".any" if aligned is False else ""
     name = ".".join(part for part in (function, dtype, weights) if part) + suffix
     module = _FUNCTIONS[function][0]
-    return Kernel(name, module, function, _arguments(function, dtype, weights, fixed), fixed, multiples)
+    arguments = _arguments(function, dtype, weights, fixed)
+    return Kernel(name, module, function, arguments, fixed, multiples, OLDEST_SM.get(weights, 0))
 
 
 def _axes(*axes: GridAxis) -> tuple[GridAxis, GridAxis, GridAxis]:
@@ -222,7 +241,7 @@ def _axes(*axes: GridAxis) -> tuple[GridAxis, GridAxis, GridAxis]:
 
 
 def _expert_plans(dtype: str, weights: str, aligned: bool | None) -> list[Plan]:
-    op = "ExpertDispatch" if BITS[weights] == 16 else "QuantizedExpertDispatch"
+    op = _EXPERT_OPS.get(weights, "ExpertDispatch")
 
     def launch(function: str, *axes: GridAxis) -> Launch:
         return Launch(_kernel(function, dtype, weights, aligned), _axes(*axes))
@@ -287,7 +306,8 @@ def plans() -> list[Plan]:
     """Every plan there is. Of plans for the same types the first that fits is taken: aligned ones stand first."""
     found: list[Plan] = []
     for dtype in ("float16", "bfloat16"):
-        found += _expert_plans(dtype, dtype, True) + _expert_plans(dtype, dtype, False)
+        for weights in (dtype, "fp8"):
+            found += _expert_plans(dtype, weights, True) + _expert_plans(dtype, weights, False)
         for weights in ("int8", "int4"):
             found += _expert_plans(dtype, weights, None)
     found += _attention_plans("float16")

@@ -30,6 +30,7 @@ def _dims(tensors: Tensors, legend: Mapping[str, str]) -> dict[str, int]:
 _LEGENDS = {
     "ExpertDispatch": {"hidden": "T H", "expert_ids": "T top_k"},
     "QuantizedExpertDispatch": {"hidden": "T H", "expert_ids": "T top_k"},
+    "Fp8ExpertDispatch": {"hidden": "T H", "expert_ids": "T top_k"},
     "KVCacheUpdate": {"cache": "B G S D", "update": "B G T D"},
     "DecodeAttention": {"query": "B Q T D", "key": "B G S D"},
     "DeformableSample": {"value": "n S h D", "weights": "n Q h P"},
@@ -62,7 +63,8 @@ def plan_for(op: str, tensors: Tensors, attributes: Mapping[str, Any]) -> tuple[
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     weights = ""
     if "experts" in attributes:
-        weights = f"int{attributes['bits']}" if "bits" in attributes else dtype
+        fp8 = op == "Fp8ExpertDispatch"
+        weights = f"int{attributes['bits']}" if "bits" in attributes else "fp8" if fp8 else dtype
     plan = choose(_PLANS, (op, dtype, weights), symbols)
     return plan, plan.derive(symbols), reals
 

@@ -28,8 +28,8 @@ def test_the_command_line_knows_no_model_family() -> None:
 
 
 def test_the_committed_tree_stays_small() -> None:
-    """24 MiB for everything a clone holds, golden numbers included."""
+    """25 MiB for everything a clone holds: 6 are the trained demo models, 15 the golden numbers."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    assert sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name) <= 24 << 20
+    assert sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name) <= 25 << 20

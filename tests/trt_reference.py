@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
@@ -15,8 +16,29 @@ Array = np.ndarray[Any, Any]
 
 
 def run_dialect(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs of the graph by name; native layers of domain '' are looked up in a domain of their own."""
-    model = onnx.load(path)
+    """Outputs of the graph by name."""
+    return Dialect(path).run(feeds)
+
+
+class Dialect:
+    """A graph in a TensorRT dialect, ready to run."""
+
+    def __init__(self, path: Path) -> None:
+        self._evaluator = _evaluator(onnx.load(path))
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names."""
+        return list(self._evaluator.input_names)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name."""
+        results = self._evaluator.run(None, dict(feeds))
+        return dict(zip(self._evaluator.output_names, results, strict=True))
+
+
+def _evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
+    """Native layers of domain '' are looked up in a domain of their own."""
     for node in model.graph.node:
         if node.op_type.startswith("TRT_"):
             node.domain = "trt"
@@ -29,10 +51,9 @@ def run_dialect(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
         DecodeAttention,
         ExpertDispatch,
         QuantizedExpertDispatch,
+        Fp8ExpertDispatch,
     ]
-    evaluator = ReferenceEvaluator(model, new_ops=ops)
-    results = evaluator.run(None, dict(feeds))
-    return dict(zip(evaluator.output_names, results, strict=True))
+    return ReferenceEvaluator(model, new_ops=ops)
 
 
 class GatherElements(OpRun):  # type: ignore[misc]
@@ -143,6 +164,20 @@ class QuantizedExpertDispatch(OpRun):  # type: ignore[misc]
     def _run(self, hidden: Array, ids: Array, weights: Array, *banks: Array, **kept: Any) -> tuple[Array]:
         plain = [
             _plain(q, scales, kept["bits"], kept["group_size"]) for q, scales in zip(banks[:2], banks[2:], strict=True)
+        ]
+        return (_experts(hidden, (ids, weights), *plain, list(kept["experts"])),)
+
+
+class Fp8ExpertDispatch(OpRun):  # type: ignore[misc]
+    """Numbers are E4M3, or their bits."""
+
+    op_domain = "moiie"
+
+    def _run(self, hidden: Array, ids: Array, weights: Array, *banks: Array, **kept: Any) -> tuple[Array]:
+        assert all(scales.dtype == np.float32 for scales in banks[2:])
+        plain = [
+            q.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[..., None]
+            for q, scales in zip(banks[:2], banks[2:], strict=True)
         ]
         return (_experts(hidden, (ids, weights), *plain, list(kept["experts"])),)
 

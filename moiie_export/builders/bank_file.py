@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moiie_export.graph.trt_context import Bank
 
 FILE = "banks.safetensors"
-_NAMES = {"FLOAT16": "F16", "BFLOAT16": "BF16", "FLOAT": "F32", "INT8": "I8"}
+_NAMES = {"FLOAT16": "F16", "BFLOAT16": "BF16", "FLOAT": "F32", "INT8": "I8", "FLOAT8E4M3FN": "F8_E4M3"}
 
 Parts = Mapping[str, Sequence["ir.TensorProtocol"]]
 
@@ -52,4 +52,6 @@ def _converted(tensor: ir.TensorProtocol, dtype: str, count: int) -> np.ndarray[
         import ml_dtypes
 
         return numbers.astype(ml_dtypes.bfloat16).view(np.uint16)
+    if dtype == "FLOAT8E4M3FN":
+        return numbers.view(np.uint8)
     return numbers.astype({"FLOAT16": np.float16, "FLOAT": np.float32, "INT8": np.int8}[dtype])

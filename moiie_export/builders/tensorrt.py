@@ -14,8 +14,9 @@ from moiie_export.builders.bank_file import describe_banks, write_banks
 from moiie_export.builders.command_lines import command_lines
 from moiie_export.builders.compile_engine import EngineJob
 from moiie_export.builders.device import device_sm
+from moiie_export.builders.dialect_graph import lower_component, save_graph
 from moiie_export.builders.engine_process import run_job
-from moiie_export.builders.engine_specs import EngineSpec, decode_experts, engine_specs
+from moiie_export.builders.engine_specs import EngineSpec, engine_specs
 from moiie_export.builders.floors import cuda_floor
 from moiie_export.builders.library import Library, installed_version, load_library
 from moiie_export.builders.output import describe, finished, write_output
@@ -30,7 +31,7 @@ from moiie_runtime.strict_files import sha256_file
 if TYPE_CHECKING:
     from moiie_export.graph.trt_context import TrtContext
 
-BUILDER_CODE = 2
+BUILDER_CODE = 3
 """Raised whenever the same bundle and target would give another result."""
 PLUGINS_FILE = "libmoiie_plugins.so"
 TIMING_CACHE = "timing.cache"
@@ -164,20 +165,9 @@ class _Build:
 
     def _graph(self, spec: EngineSpec, directory: Path) -> tuple[TrtContext, Path]:
         """The component's graph in the target's dialect, with its weights beside it."""
-        import onnx_ir as ir
-
-        from moiie_export.graph.trt import lower
-        from moiie_export.graph.trt_context import TrtContext
-
         self.progress(f"{spec.component}: graph", 0, 1)
-        islands = self.bundle.raw.get("quantization", {}).get("islands", [])
-        experts = decode_experts(self.bundle)
-        context = TrtContext(spec.component, self.request.target, experts, frozenset(str(each) for each in islands))
-        model = lower(self.bundle.path(self.bundle.components[spec.component].file), context)
-        folder = directory / _GRAPHS
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{spec.component}.onnx"
-        ir.save(model, path, external_data=f"{spec.component}.data")
+        model, context = lower_component(self.bundle, spec.component, self.request.target)
+        path = save_graph(model, spec.component, directory / _GRAPHS)
         context.inputs = {str(v.name): _tensor(v) for v in model.graph.inputs}
         context.outputs = {str(v.name): _tensor(v) for v in model.graph.outputs}
         return context, path
@@ -242,6 +232,7 @@ class _Build:
 
 
 _ONNX_NAMES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT", "int8": "INT8"}
+_ONNX_NAMES["float8_e4m3fn"] = "FLOAT8E4M3FN"
 _NAMES = {
     **{value: key for key, value in _ONNX_NAMES.items()},
     "INT32": "int32",

@@ -88,7 +88,9 @@ def _lowering(use: OpUse, target: Target) -> Lowering:
 
 def _onnxruntime(use: OpUse, target: Target) -> Lowering:
     if use.format in ("fp8", "w8a8"):
-        return Lowering("-", "", refused=f"ONNX Runtime has no kernels for {use.format}: use int8 or int4")
+        if target.dialect == "cuda":
+            return Lowering("-", "", refused=f"ONNX Runtime has no kernels for {use.format}: use int8 or int4")
+        return Lowering("portable body", "multiplied out to float32 in every step: right, and slow")
     if target.dialect == "cuda":
         if target.precision == "bfloat16":
             return Lowering("-", "", refused="bfloat16 is not written for ONNX Runtime: precision float16 or float32")
@@ -190,6 +192,9 @@ def _experts(use: OpUse, target: Target) -> Lowering:
         return Lowering(name, "every token through every expert: right, and slow")
     if use.format == "plain":
         return Lowering("plugin ExpertDispatch", "reads only the experts that are routed to")
+    if use.format == "fp8":
+        reason = "converts E4M3 in the kernel, reads only what is routed to"
+        return Lowering("plugin Fp8ExpertDispatch", reason, OLDEST_SMS["fp8"])
     return Lowering("plugin QuantizedExpertDispatch", "dequantises in the kernel, reads only what is routed to", 80)
 
 
@@ -199,8 +204,8 @@ def _refused_experts(use: OpUse, target: Target) -> str:
         return "" if use.format == "plain" else "quantised experts need the plugin library (plugins: required)"
     if use.size("experts") > MAX_PLUGIN_EXPERTS:
         return f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}"
-    if use.format in ("fp8", "w8a8"):
-        return f"the plugin has no {use.format} experts: use int8 or int4"
+    if use.format == "w8a8":
+        return "the plugin has no w8a8 experts, whose activations would be rounded inside it: use fp8, int8 or int4"
     lost = [sm for sm in target.sms if not any(sm // 10 == known // 10 and known <= sm for known in PLUGIN_SMS)]
     return f"the plugin library has no kernels for SM {', '.join(map(str, lost))}" if lost else ""
 

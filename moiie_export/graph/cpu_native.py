@@ -146,13 +146,13 @@ def _behind(nodes: Iterable[ir.Node]) -> Iterable[ir.Node]:
 
 
 def _experts(model: ir.Model, node: ir.Node, plan: Plan) -> None:
-    """One kernel call for the experts of each form; forms are summed. Experts in floats keep the portable body."""
+    """One kernel call for the experts of each form; forms are summed. With an expert in floats it keeps its portable body."""
     attributes = {name: list(attribute.as_ints()) for name, attribute in node.attributes.items()}
     forms: dict[tuple[int, ...], list[int]] = {}
     for index in range(len(attributes["experts"])):
         form = tuple(attributes[f"{kind}_{what}"][index] for kind in KINDS for what in ("bits", "group_sizes"))
         forms.setdefault(form, []).append(index)
-    if any(PLAIN_BITS in (form[0], form[2]) for form in forms):
+    if any(PLAIN_BITS in (form[0], form[2]) or 0 in (form[1], form[3]) for form in forms):
         return
     banks = _banks(node, attributes)
     sums: list[ir.Value] = []

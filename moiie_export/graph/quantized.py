@@ -13,7 +13,7 @@ import onnx_ir as ir
 from moiie_export.graph.storage import Storage
 from moiie_export.ops import DOMAIN
 from moiie_export.ops.quantized_expert_dispatch import KINDS, PLAIN_BITS
-from moiie_export.quantize.scheme import Scheme
+from moiie_export.quantize.scheme import WEIGHT_ONLY, Scheme
 from moiie_runtime.errors import MoiieError
 
 Read = Mapping[ir.Value, Scheme]
@@ -44,7 +44,7 @@ def rewrite_quantized(model: ir.Model, storage: Storage, component: str) -> None
         if _is_linear(node, read):
             _rewrite_linear(model, node, read, storage)
         elif _is_dispatch(node):
-            _rewrite_dispatch(model, node, _grouped(node, read, component), storage)
+            _rewrite_dispatch(model, node, _weight_only(node, read, component), storage)
         else:
             raise _no_form(node, *next(iter(read.items())), component)
 
@@ -64,10 +64,10 @@ def _is_dispatch(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == (DOMAIN, "ExpertDispatch")
 
 
-def _grouped(node: ir.Node, read: Read, component: str) -> Read:
-    """Experts have forms with a scale per group only."""
+def _weight_only(node: ir.Node, read: Read, component: str) -> Read:
+    """Experts have no form that rounds activations."""
     for value, scheme in read.items():
-        if not scheme.grouped:
+        if scheme.format not in WEIGHT_ONLY:
             raise _no_form(node, value, scheme, component)
     return read
 

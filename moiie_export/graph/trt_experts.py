@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx.parser
@@ -40,6 +39,15 @@ class _Expert:
     bits: int
     group_size: int
 
+    @property
+    def op(self) -> tuple[str, dict[str, int]]:
+        """The node that computes it, and that node's attributes beside `experts`."""
+        if self.bits == PLAIN:
+            return "ExpertDispatch", {}
+        if self.group_size == 0:
+            return "Fp8ExpertDispatch", {}
+        return "QuantizedExpertDispatch", {"bits": self.bits, "group_size": self.group_size}
+
 
 def lower_experts(model: ir.Model, context: TrtContext) -> None:
     """Replace each ExpertDispatch and QuantizedExpertDispatch by one node a bank."""
@@ -60,8 +68,11 @@ def lower_experts(model: ir.Model, context: TrtContext) -> None:
             name = "language" if expert.id in reachable or context.target.banks == "constants" else "vision"
             banks.setdefault((name, expert.bits, expert.group_size), []).append(expert)
         total: ir.Value | None = None
-        for index, ((name, _, _), experts) in enumerate(sorted(banks.items())):
-            bank = _Bank(model, node, context, f"experts.{layer}.{name}" + (f".{index}" if len(banks) > 2 else ""))
+        for (name, *form), experts in sorted(banks.items()):
+            # By their place among the forms of this name: other phases have other names, and must agree on this one's.
+            forms = sorted(others for other, *others in banks if other == name)
+            suffix = f".{forms.index(form)}" if len(forms) > 1 else ""
+            bank = _Bank(model, node, context, f"experts.{layer}.{name}{suffix}")
             part = bank.dispatch(layer, name, experts)
             total = part if total is None else insert(node, "Add", [total, part], name=f"{node.name}/sum").outputs[0]
         assert total is not None
@@ -138,7 +149,7 @@ def _experts(node: ir.Node, context: TrtContext) -> list[_Expert]:
             raise context.error(
                 node,
                 f"expert {expert}: gate_up is stored with {bits['gate_up'][i]} bits in groups of {groups['gate_up'][i]},"
-                f" down with {bits['down'][i]} in groups of {groups['down'][i]}",
+                f" down with {bits['down'][i]} in groups of {groups['down'][i]} (0: a scale per row, or none)",
                 "one rule for both, and a group size that divides both the hidden and the intermediate size",
             )
         own = [scale for scale in (owned["gate_up"][i], owned["down"][i]) if scale is not None]
@@ -158,7 +169,7 @@ class _Bank:
 
     def dispatch(self, layer: int, name: str, experts: Sequence[_Expert]) -> ir.Value:
         """hidden -> what this bank's experts add [T, H]."""
-        bits, group_size = experts[0].bits, experts[0].group_size
+        op, attributes = experts[0].op
         kinds = ("gate_up", "down", "gate_up_scales", "down_scales")[: len(experts[0].weights)]
         tensors = {f"{self.prefix}.{kind}": [each.weights[i] for each in experts] for i, kind in enumerate(kinds)}
         given = [self._tensor(key, parts) for key, parts in tensors.items()]
@@ -169,22 +180,20 @@ class _Bank:
                 for key, parts in tensors.items()
             }
             self.context.banks.append(Bank(layer, name, ids, stored))
-        attributes: dict[str, Any] = {"experts": list(ids)}
-        if bits != PLAIN:
-            if self.context.target.plugins != "required":
-                raise self.context.error(
-                    self.node,
-                    "quantised experts need the plugin library",
-                    "build for a target with plugins: required, or export without quantised experts",
-                )
-            attributes |= {"bits": bits, "group_size": group_size}
+        if op != "ExpertDispatch" and self.context.target.plugins != "required":
+            raise self.context.error(
+                self.node,
+                "quantised experts need the plugin library",
+                "build for a target with plugins: required, or export without quantised experts",
+            )
         plugin = {} if self.context.target.plugins == "off" else PLUGIN
         made = insert(
             self.node,
-            "ExpertDispatch" if bits == PLAIN else "QuantizedExpertDispatch",
+            op,
             [*self.node.inputs[:3], *given],
             name=f"{self.prefix}",
             domain=DOMAIN,
+            experts=list(ids),
             **attributes,
             **plugin,
         )
@@ -221,7 +230,7 @@ class _Bank:
 
 
 def stored_numbers(tensor: ir.TensorProtocol | None) -> np.ndarray:
-    """A weight as the plugin reads it: floats, int8, or two int4 a byte."""
+    """A weight as the plugin reads it: floats, float8, int8, or two int4 a byte."""
     assert tensor is not None
     if tensor.dtype == ir.DataType.INT4:
         shape = list(tensor.shape.numpy())

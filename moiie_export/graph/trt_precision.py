@@ -36,6 +36,7 @@ _FLOAT32_OPS = frozenset(
 _FLOAT32_INPUTS: Mapping[tuple[str, str], tuple[int, ...]] = {
     (DOMAIN, "ExpertDispatch"): (2,),
     (DOMAIN, "QuantizedExpertDispatch"): (2,),
+    (DOMAIN, "Fp8ExpertDispatch"): (2, 5, 6),
     ("", "Resize"): (1, 2),
 }
 """Inputs that are float32 whatever the precision."""
@@ -43,6 +44,10 @@ _FLOAT32_INPUTS: Mapping[tuple[str, str], tuple[int, ...]] = {
 _FLOAT16_INPUTS: Mapping[tuple[str, str], tuple[int, ...]] = {(DOMAIN, "QuantizedExpertDispatch"): (5, 6)}
 _PRODUCTS = frozenset({"Gemm", "MatMul", "Conv", "LayerNormalization", "RMSNormalization"})
 """Where float32 that one place needs may begin."""
+
+
+def _kept_inputs(node: ir.Node) -> tuple[int, ...]:
+    return _FLOAT32_INPUTS.get((node.domain, node.op_type), ())
 
 
 def precision_dtype(precision: str) -> ir.DataType:
@@ -111,9 +116,10 @@ class _Converter:
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = field(default_factory=dict)
 
     def inputs(self) -> None:
-        """Activations that the host gives."""
+        """Activations that the host gives, and experts."""
         for value in self.model.graph.inputs:
-            if self.types[value] == FLOAT and value.name not in KEPT_INPUTS:
+            scales = bool(value.uses()) and all(use.idx in _kept_inputs(use.node) for use in value.uses())
+            if self.types[value] == FLOAT and value.name not in KEPT_INPUTS and not scales:
                 value.dtype = self.wanted
             self.now[value] = self.types[value] if value.dtype is None else value.dtype
 
@@ -128,12 +134,12 @@ class _Converter:
                 self.model.graph.remove(node, safe=True)
             return
         kind = self._compute_type(node)
-        special = (node.domain, node.op_type)
+        half = _FLOAT16_INPUTS.get((node.domain, node.op_type), ())
         for index, value in enumerate(node.inputs):
             if value is None or not self._is_float(value):
                 continue
-            own = FLOAT if index in _FLOAT32_INPUTS.get(special, ()) else kind
-            own = ir.DataType.FLOAT16 if index in _FLOAT16_INPUTS.get(special, ()) else own
+            own = FLOAT if index in _kept_inputs(node) else kind
+            own = ir.DataType.FLOAT16 if index in half else own
             node.replace_input_with(index, self._as(value, own, node))
         for output in node.outputs:
             original = self.types[output]

@@ -48,6 +48,7 @@ NATIVE_ATTRIBUTES: Mapping[str, frozenset[str]] = {
 PLUGIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
     "ExpertDispatch": _PLUGIN | {"experts"},
     "QuantizedExpertDispatch": _PLUGIN | {"experts", "bits", "group_size"},
+    "Fp8ExpertDispatch": _PLUGIN | {"experts"},
     "KVCacheUpdate": _PLUGIN,
     "DecodeAttention": _PLUGIN | {"window", "scale"},
     "DeformableSample": _PLUGIN,

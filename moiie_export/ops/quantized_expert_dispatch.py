@@ -3,9 +3,11 @@
 Shapes as in ExpertDispatch: T tokens, H hidden, I intermediate, k experts per token, n experts whose weights are given.
     hidden [T, H]; expert_ids [T, k] int32; expert_weights [T, k] float32; banks -> out [T, H]
     banks, 4n tensors or fewer: n gate_up [2I, H], rows [gate | up]; n down [H, I]; then the scales of those that have
-    some, first of the gate_ups, then of the downs. int4 and int8 weights have scales [N, K/g] float16, float32 ones none.
+    some, first of the gate_ups, then of the downs. int4 and int8 weights have scales [N, K/g] float16, float8 E4M3 ones
+    [N] float32, float32 ones none.
 Attributes: `experts` as in ExpertDispatch; per expert `gate_up_bits` and `down_bits`, 4, 8 or 32 (float32, no scales);
-    `gate_up_group_sizes` and `down_group_sizes`, columns per scale, 0 for float32. Experts need not agree in any of them.
+    `gate_up_group_sizes` and `down_group_sizes`, columns per scale, 0 for E4M3 (8 bits) and for float32. Experts need not
+    agree in any of them.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ OP = Op(
         Port("hidden", "tensor(float)"),
         Port("expert_ids", "tensor(int32)"),
         Port("expert_weights", "tensor(float)"),
-        Port("banks", "tensor(int4)|tensor(int8)|tensor(float16)|tensor(float)", variadic=True),
+        Port("banks", "tensor(int4)|tensor(int8)|tensor(float8e4m3fn)|tensor(float16)|tensor(float)", variadic=True),
     ),
     outputs=(Port("out", "tensor(float)"),),
     attributes={

@@ -12,7 +12,7 @@ from math import prod
 from moiie_export.model_config import ModelConfig
 from moiie_export.quantize.banks import BANKS, EXPERTS, NEVER, PLAIN_ONLY, bank_of
 from moiie_export.quantize.methods import CALIBRATED
-from moiie_export.quantize.scheme import GROUP_SIZES, GROUPED, Scheme
+from moiie_export.quantize.scheme import GROUP_SIZES, GROUPED, WEIGHT_ONLY, Scheme
 from moiie_export.recipe_quantization import (
     DEFAULT_GROUP,
     DEFAULT_METHOD,
@@ -148,7 +148,7 @@ def _apply(rule: QuantRule, candidates: list[_Candidate], chosen: dict[str, Form
     if scheme is not None:
         yield from _indivisible(rule, scheme, fresh)
         experts = [each.name for each in fresh if each.bank in EXPERTS]
-        if experts and not scheme.grouped:
+        if experts and rule.format not in WEIGHT_ONLY:
             yield f"match {_words(rule.match)}: {experts[0]}: experts have no {rule.format} form; {EXPERTS_ADVICE}"
     chosen |= {each.name: form for each in fresh}
 

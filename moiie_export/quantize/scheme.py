@@ -14,6 +14,8 @@ _BITS: Mapping[str, int] = {"int4": 4, "int8": 8, "fp8": 8, "w8a8": 8}
 FORMATS = tuple(_BITS)
 GROUPED = ("int4", "int8")
 """Formats with a scale per group of columns; the others have one per row."""
+WEIGHT_ONLY = ("int4", "int8", "fp8")
+"""Formats that leave activations alone. Experts have no others: theirs are not rounded inside the kernels."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ experts are touched. Rows of one expert run at the same time (routes are the fas
 Quantised rows are read as 32-bit words. Nibble or byte p of a word becomes the float 1 + u / 2^BITS by shifting it to
 the top of a mantissa, u = q + 2^(BITS-1) being unsigned: a shift and one logical operation instead of a conversion.
 The sum of the offsets is subtracted once a word.
+
+float8 rows are read as floats: GPUs that have the type convert it two numbers at a time. Their scale, one a row, is
+multiplied to the sum.
 """
 
 import triton
@@ -71,7 +74,7 @@ def _quantized_rows(x, weights, scales, rows, valid, depth, group_shift, BITS: t
 
 @triton.jit
 def _float_rows(x, weights, rows, valid, depth, BLOCK_K: tl.constexpr):
-    """Products of the rows `rows` (int64) of a 16-bit matrix [*, depth] with the vector x; float32 [ROWS]."""
+    """Products of the rows `rows` (int64) of a matrix of floats [*, depth] with the vector x; float32 [ROWS]."""
     ROWS: tl.constexpr = rows.shape[0]
     row_start = weights + (rows * depth)[:, None]
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
@@ -86,8 +89,11 @@ def _float_rows(x, weights, rows, valid, depth, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _rows_times(x, weights, scales, rows, valid, depth, group_shift, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    if BITS == 16:
-        return _float_rows(x, weights, rows, valid, depth, BLOCK_K)
+    if weights.dtype.element_ty.is_floating():
+        sums = _float_rows(x, weights, rows, valid, depth, BLOCK_K)
+        if scales is not None:
+            sums *= tl.load(scales + rows, mask=valid, other=0.0)
+        return sums
     else:
         return _quantized_rows(x, weights, scales, rows, valid, depth, group_shift, BITS, BLOCK_K)
 

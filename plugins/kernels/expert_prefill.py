@@ -19,13 +19,17 @@ from moiie_plugins.kernels.routing import bank_row
 def _weight_tile(
     weights, scales, row_base, rows, valid, start, depth, group_shift, BITS: tl.constexpr, BLOCK_K: tl.constexpr, X
 ):
-    """Columns start .. start + BLOCK_K of the rows row_base + rows as X values, [BLOCK_N, BLOCK_K], 0 outside."""
+    """Columns start .. start + BLOCK_K of the rows row_base + rows as X values, [BLOCK_N, BLOCK_K], 0 outside.
+
+    A scale that a whole row shares is left to `_row_scaled`.
+    """
     BLOCK_N: tl.constexpr = rows.shape[0]
     index = row_base + rows
-    if BITS == 16:
+    if weights.dtype.element_ty.is_floating():
         column = start + tl.arange(0, BLOCK_K)
         inside = valid[:, None] & (column < depth)[None, :]
-        return tl.load(weights + index[:, None] * depth + column[None, :], mask=inside, other=0.0)
+        # Every E4M3 number is one of either 16-bit type.
+        return tl.load(weights + index[:, None] * depth + column[None, :], mask=inside, other=0.0).to(X)
     else:
         G: tl.constexpr = BLOCK_K // 32
         BYTES: tl.constexpr = 4 * BITS  # of 32 columns
@@ -43,6 +47,14 @@ def _weight_tile(
             low = ((packed << 4) >> 4).to(tl.float32)
             values = tl.join(low, (packed >> 4).to(tl.float32)).reshape(BLOCK_N, G, 32)
         return (values * scale[:, :, None]).to(X).reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def _row_scaled(products, weights, scales, row_base, rows, valid):
+    """Products [*, BLOCK_N] with floats [BLOCK_N, *] times the scales of these rows, where floats have some."""
+    if weights.dtype.element_ty.is_floating() and scales is not None:
+        products *= tl.load(scales + row_base + rows, mask=valid, other=0.0)[None, :]
+    return products
 
 
 @triton.jit
@@ -96,6 +108,8 @@ def expert_prefill_gate_up(
             )
             gate = dot(x, tl.trans(w_gate), gate)
             up = dot(x, tl.trans(w_up), up)
+        gate = _row_scaled(gate, gate_up, gate_up_scales, gate_base, column, valid)
+        up = _row_scaled(up, gate_up, gate_up_scales, gate_base + intermediate, column, valid)
         value = (gate * tl.sigmoid(gate) * up).to(X)
         place = act + lines.to(tl.int64)[:, None] * intermediate + column[None, :]
         tl.store(place, value, mask=used[:, None] & valid[None, :])
@@ -137,6 +151,7 @@ def expert_prefill_down(
                 down, down_scales, base, column, valid, start, intermediate, group_shift, BITS, BLOCK_K, X
             )
             total = dot(x, tl.trans(weight), total)
+        total = _row_scaled(total, down, down_scales, base, column, valid)
         total *= tl.load(expert_weights + route, mask=used, other=0.0)[:, None]
         place = partial + tl.maximum(route, 0).to(tl.int64)[:, None] * hidden_size + column[None, :]
         tl.store(place, total.to(X), mask=used[:, None] & valid[None, :])

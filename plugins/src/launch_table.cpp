@@ -112,7 +112,7 @@ void read_plan_line(std::string const& verb, Words& words, LaunchTable& table) {
 
 void read_kernel_line(std::string const& verb, Words& words, LaunchTable& table) {
     if (verb == "kernel") {
-        table.kernels.push_back({words.text(), words.text(), {}, {}});
+        table.kernels.push_back({words.text(), words.text(), static_cast<int32_t>(words.number()), {}, {}});
         return;
     }
     Kernel& kernel = table.kernels.at(table.kernels.size() - 1);
@@ -201,6 +201,10 @@ Kernel const& find_kernel(std::string const& name) {
 }
 
 Image const& choose_image(Kernel const& kernel, int32_t sm, bool ptx_only) {
+    if (sm < kernel.oldest_sm) {
+        throw Refusal(text("kernel '", kernel.name, "' needs SM", kernel.oldest_sm, " or above; this GPU is SM", sm,
+                           ": export the bundle with int8 or int4 instead of fp8 for it"));
+    }
     Image const* best = nullptr;
     for (Image const& image : kernel.images) {
         bool const fits = image.is_ptx ? image.sm <= sm : !ptx_only && runs_cubin(image, sm);

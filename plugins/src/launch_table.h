@@ -72,6 +72,7 @@ struct Image {
 struct Kernel {
     std::string name;
     std::string entry;  // name of the function in every image
+    int32_t oldest_sm;  // the first GPUs that can run it; 0: all
     std::vector<Parameter> parameters;
     std::vector<Image> images;
 };
@@ -94,7 +95,7 @@ Kernel const& find_kernel(std::string const& name);
 
 // The image that a device of compute capability `sm` (10 * major + minor) runs. The same device may also take the PTX
 // when its driver is too old for the cubin: ask with `ptx_only`.
-// Throws Refusal with the SMs there are when none fits.
+// Throws Refusal when the device is too old for the kernel, or with the SMs there are when none fits.
 Image const& choose_image(Kernel const& kernel, int32_t sm, bool ptx_only = false);
 
 }  // namespace moiie

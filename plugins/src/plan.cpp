@@ -165,7 +165,9 @@ Plan const& choose_plan(Variant const& variant, Values const& symbols) {
         }
     }
     throw Refusal(text("the library holds no kernels for ", variant.op, " in ", variant.dtype,
-                       variant.weights.empty() ? "" : " with weights in ", variant.weights, " and ", routes, " routes"));
+                       variant.weights.empty() ? "" : " with weights in ", variant.weights, " and ", routes, " routes",
+                       variant.weights == "fp8" ? "; fp8 weights need SM89 or above, and a library that is built for one"
+                                                : ""));
 }
 
 size_t workspace_bytes(Variant const& variant, Values const& largest) {

@@ -4,7 +4,8 @@ Everything that is asked of one device happens in the order in which it was aske
 runs its kernels there may read a buffer that was written just before, and nobody waits. Host memory is different: what is
 given to a call may be changed, and what a call returns may be read, as soon as the call returns.
 
-Element types are numpy's names and `bfloat16`, which numpy lacks: on the host its numbers are float32.
+Element types are numpy's names and two that numpy lacks: `bfloat16`, whose numbers are float32 on the host, and
+`float8_e4m3fn`, whose bits are uint8 there: the host only brings them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-BFLOAT16 = "bfloat16"
+BFLOAT16, FLOAT8 = "bfloat16", "float8_e4m3fn"
 ITEM_BYTES: Mapping[str, int] = {
     "float32": 4,
     "float16": 2,
     BFLOAT16: 2,
+    FLOAT8: 1,
     "int64": 8,
     "int32": 4,
     "int8": 1,
@@ -159,7 +161,7 @@ def stored(array: Array, dtype: str) -> Array:
     """
     if dtype != BFLOAT16:
         with np.errstate(over="ignore"):
-            return np.ascontiguousarray(array, dtype)
+            return np.ascontiguousarray(array, storage(dtype))
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     odd = (bits >> 16) & 1
     rounded = ((bits + 0x7FFF + odd) >> 16).astype(np.uint16)
@@ -175,4 +177,4 @@ def on_host(raw: Array, dtype: str) -> Array:
 
 def storage(dtype: str) -> np.dtype[Any]:
     """numpy's type with which the bytes of an element type are moved."""
-    return np.dtype(np.uint16 if dtype == BFLOAT16 else dtype)
+    return np.dtype({BFLOAT16: "uint16", FLOAT8: "uint8"}.get(dtype, dtype))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moiie_runtime.backends.device import BFLOAT16, Device, DeviceBuffer
+from moiie_runtime.backends.device import BFLOAT16, FLOAT8, Device, DeviceBuffer
 from moiie_runtime.tensors import TensorFile
 
 DECODE = "decoder_decode"
@@ -79,6 +79,8 @@ class ExpertBanks:
     def _upload(self, file: TensorFile, name: str) -> DeviceBuffer:
         what = f"the experts {name}"
         info = file.header.get(name)
+        if info is not None and info.dtype == "F8_E4M3":
+            return self._device.upload(file.bits(name), what, FLOAT8)
         if info is None or info.dtype != "BF16":
             return self._device.upload(file[name], what)
         buffer = self._device.empty(info.shape, BFLOAT16, what)

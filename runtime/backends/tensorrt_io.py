@@ -11,7 +11,7 @@ import numpy as np
 
 from moiie_runtime.backends.cuda import CudaBuffer, CudaDevice, PageLocked
 from moiie_runtime.backends.cuda_driver import call
-from moiie_runtime.backends.device import BFLOAT16, ITEM_BYTES, Array, on_host, storage, stored
+from moiie_runtime.backends.device import BFLOAT16, FLOAT8, ITEM_BYTES, Array, on_host, storage, stored
 from moiie_runtime.backends.session import TensorSpec
 from moiie_runtime.errors import MoiieError, Unsound
 
@@ -19,6 +19,7 @@ _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
     "BF16": BFLOAT16,
+    "FP8": FLOAT8,
     "INT8": "int8",
     "INT32": "int32",
     "INT64": "int64",
@@ -78,6 +79,15 @@ def host_spec(spec: TensorSpec) -> TensorSpec:
     return TensorSpec("float32" if spec.dtype in ("float16", BFLOAT16) else spec.dtype, spec.shape)
 
 
+def tensor_specs(engine: Any) -> dict[str, TensorSpec]:
+    """What an engine says of its inputs and outputs; -1 for an open size."""
+    found = {}
+    for name in [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]:
+        dtype = engine.get_tensor_dtype(name)
+        found[name] = TensorSpec(_DTYPES.get(dtype.name, dtype.name), tuple(engine.get_tensor_shape(name)))
+    return found
+
+
 def check_tensors(trt: Any, engine: Any, where: str, specs: Mapping[str, TensorSpec]) -> set[str]:
     """Compare an engine's inputs and outputs with what engine.json says.
 
@@ -93,12 +103,8 @@ def check_tensors(trt: Any, engine: Any, where: str, specs: Mapping[str, TensorS
     Raises:
         Unsound: they differ.
     """
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {}
-    for name in names:
-        dtype = engine.get_tensor_dtype(name)
-        found[name] = TensorSpec(_DTYPES.get(dtype.name, dtype.name), tuple(engine.get_tensor_shape(name)))
-    for name in [*specs, *names]:
+    found = tensor_specs(engine)
+    for name in [*specs, *found]:
         if name not in specs or name not in found or not _alike(specs[name], found[name]):
             raise Unsound(
                 f"{where}: the engine has {name} {found.get(name)}, engine.json says {specs.get(name)}",

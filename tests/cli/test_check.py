@@ -53,14 +53,18 @@ def test_context_decides_about_the_mask(moiie: Any) -> None:
 def test_rules_and_targets_of_a_recipe_count(moiie: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "fp8.yaml"
     recipe.write_text(
-        "schema: 1\nextends: default\nquantization:\n  rules:\n    - match: [attention]\n      format: fp8\n"
-        "targets:\n  - name: ada\n    like: rtx\n    sms: [89]\n"
+        "schema: 1\nextends: default\nquantization:\n  rules:\n    - match: [attention, experts]\n      format: fp8\n"
+        "targets:\n  - name: ada\n    like: rtx\n    sms: [89]\n    plugins: required\n"
     )
-    assert moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "ada").code == 0
+    found = moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "ada", "--json")
+    assert found.code == 0
+    experts = [row for row in found.document["ops"] if row["op"] == "experts"]
+    assert {(row["dtype"], row["lowering"]) for row in experts} == {("fp8", "plugin Fp8ExpertDispatch")}
     refused = moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "rtx")
     assert refused.code == 3
     assert "not on SM 86: needs SM 89 or above" in refused.error
-    assert moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "cpu").code == 3
+    assert moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "cpu").code == 0  # by portable bodies
+    assert "no kernels for fp8" in moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "ort-cuda").error
 
 
 def test_neither_torch_nor_tensorrt_is_loaded() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from moiie_export.ops.cached_attention import cached_attention
 from moiie_export.ops.deformable_sample import deformable_sample
+from moiie_plugins.launch import OLDEST_SM
 from moiie_plugins.run import run
 from tests.plugins.experts import TOLERANCE, Layer, make_case, relative_error
 
@@ -45,19 +46,22 @@ class Place:
 def _layers(toy: bool) -> Iterator[tuple[str, Layer, int, int]]:
     hidden, intermediate = (128, 128) if toy else (3072, 8192)
     for dtype, name in ((F16, "float16"), (BF16, "bfloat16")):
-        for bits, group in ((16, 32), (8, 32), (8, 128), (4, 32), (4, 64), (4, 128)):
-            stored = name if bits == 16 else f"int{bits} by {group}"
+        for bits, group in ((16, 32), (8, 32), (8, 128), (8, 0), (4, 32), (4, 64), (4, 128)):
+            stored = name if bits == 16 else f"int{bits} by {group}" if group else "fp8"
             for tokens in (1,) if toy else (1, 8, 800):
                 yield f"{name} x {stored}", Layer(hidden, intermediate, (0, 1, 2, 3), dtype, bits, group), tokens, 2
     odd = (37, 19) if toy else (1001, 517)
     for tokens in (2, 17):
         yield "odd sizes", Layer(*odd, tuple(range(5)), F16), tokens, 3
+        yield "odd sizes, fp8", Layer(*odd, tuple(range(5)), F16, 8, 0), tokens, 3
     yield "64 experts", Layer(64, 32, tuple(range(64)), F16), 6 if toy else 333, 3
 
 
 def expert_outcomes(place: Place) -> Iterator[Outcome]:
     """Every type of weights, decode and prefill."""
     for name, layer, tokens, top_k in _layers(place.toy):
+        if (layer.bits, layer.group) == (8, 0) and place.sm < OLDEST_SM["fp8"]:
+            continue
         random = torch.Generator(place.device).manual_seed(tokens)
         scores = torch.rand(tokens, len(layer.experts), generator=random, device=place.device)
         case = make_case(layer, scores.topk(top_k).indices)

@@ -20,6 +20,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=["numerics", "speed", "pipeline"], help="a part of it")
     parser.add_argument("--formats", nargs="+", default=[], help="of weights, for speed; default: all")
     parser.add_argument("--bundle", type=Path, help="for the pipeline; default: the smallest is exported here")
+    parser.add_argument("--checkpoint", type=Path, help="what --bundle was exported from, for parity in the pipeline")
     parser.add_argument("--plugins", type=Path, help="libmoiie_plugins.so, for the pipeline; default: dense experts")
     parser.add_argument("--json", type=Path, help="a file of JSON lines to add the results to")
     return parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> int:
         print("error: torch sees no GPU; --interpret runs toy sizes without one", file=sys.stderr)
         return 4
     if arguments.interpret:
-        place = Place(torch.device("cpu"), 80, toy=True)
+        place = Place(torch.device("cpu"), 89, toy=True)
     else:
         major, minor = torch.cuda.get_device_capability()
         place = Place(torch.device("cuda"), 10 * major + minor, toy=False)
@@ -57,9 +58,9 @@ def main() -> int:
             print(f"measured: {row.what}", file=sys.stderr)
     steps = []
     if arguments.only in (None, "pipeline"):
-        from tests.gpu.pipeline import pipeline_steps
+        from tests.gpu.pipeline import Given, pipeline_steps
 
-        steps = list(pipeline_steps(place.sm, arguments.bundle, arguments.plugins))
+        steps = list(pipeline_steps(Given(place.sm, arguments.bundle, arguments.checkpoint, arguments.plugins)))
     device = "the interpreter" if arguments.interpret else torch.cuda.get_device_name()
     about = {"device": device, "sm": place.sm, **environment(("torch", "triton", "numpy"))}
     parts = {"numerics": found, "speed": measured, "pipeline": steps}

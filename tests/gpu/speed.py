@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moiie_plugins.launch import OLDEST_SM
 from moiie_plugins.run import run
 from tests.gpu import peers
 from tests.gpu.numerics import Place
@@ -19,9 +20,10 @@ from tests.plugins.experts import Case, Layer, make_case
 Call = Callable[[], Any]
 MODELS = {"Phi-3": (3072, 8192), "LLaMA-3": (4096, 14336)}
 TOY = {"toy": (64, 64)}
-Formats = Mapping[str, tuple[torch.dtype, int]]
-FORMATS = {"float16": (torch.float16, 16), "bfloat16": (torch.bfloat16, 16), "int8": (torch.float16, 8)}
-FORMATS |= {"int4": (torch.float16, 4)}
+Formats = Mapping[str, tuple[torch.dtype, int, int]]
+"""Name -> type of activations, bits of weights, columns a scale (0 with 8 bits: fp8)."""
+FORMATS = {"float16": (torch.float16, 16, 32), "bfloat16": (torch.bfloat16, 16, 32), "int8": (torch.float16, 8, 32)}
+FORMATS |= {"fp8": (torch.float16, 8, 0), "int4": (torch.float16, 4, 32)}
 GOALS = {("decode", "float16"): 0.8, ("decode", "int4"): 0.7, ("prefill", "float16"): 0.65}
 TOP_K, EXPERTS, PREFILL_TOKENS = 2, 4, 800
 
@@ -95,8 +97,8 @@ def decode_rows(place: Place, formats: Formats) -> Iterator[Row]:
     bandwidth = copy_bandwidth(place)
     yield Row(f"device copy, {bandwidth / 1e9:.0f} GB/s", 0.0)
     ids = torch.tensor([[0, 1]], device=place.device)
-    for (model, (hidden, intermediate)), (name, (dtype, bits)) in itertools.product(_models(place), formats.items()):
-        case = make_case(Layer(hidden, intermediate, (0, 1, 2, 3), dtype, bits, 32), ids)
+    for (model, (hidden, intermediate)), (name, form) in itertools.product(_models(place), formats.items()):
+        case = make_case(Layer(hidden, intermediate, (0, 1, 2, 3), *form), ids)
         seconds = _timed(_decode_calls(case, place), place)
         fraction = _bytes_read(case) / seconds / bandwidth
         yield Row(f"decode {model} {name}", seconds, fraction, "copy", GOALS.get(("decode", name)))
@@ -113,9 +115,9 @@ def prefill_rows(place: Place, formats: Formats) -> Iterator[Row]:
     scores[: tokens * 9 // 10, 3] = -1
     scores[tokens * 9 // 10 :, 0] = -1
     ids = scores.topk(TOP_K).indices
-    for (model, (hidden, intermediate)), (name, (dtype, bits)) in itertools.product(_models(place), formats.items()):
-        case = make_case(Layer(hidden, intermediate, (0, 1, 2, 3), dtype, bits, 32), ids)
-        banks: peers.Banks = (case.meant[0].to(dtype), case.meant[1].to(dtype))
+    for (model, (hidden, intermediate)), (name, form) in itertools.product(_models(place), formats.items()):
+        case = make_case(Layer(hidden, intermediate, (0, 1, 2, 3), *form), ids)
+        banks: peers.Banks = (case.meant[0].to(form[0]), case.meant[1].to(form[0]))
         arguments = (case.tensors["hidden"], case.tensors["expert_ids"], case.tensors["expert_weights"], banks)
         best = _timed([lambda arguments=arguments: peers.products(*arguments)], place)
         out = torch.empty_like(case.tensors["hidden"])
@@ -160,7 +162,7 @@ def _timed_by_host(calls: list[Call], place: Place) -> float:
 
 
 def rows(place: Place, formats: Sequence[str] = ()) -> Iterator[Row]:
-    """Everything, for all formats of weights or some."""
-    wanted = {name: FORMATS[name] for name in formats or FORMATS}
+    """Everything, for all formats of weights or some, of those that the GPU has."""
+    wanted = {name: FORMATS[name] for name in formats or FORMATS if place.sm >= OLDEST_SM.get(name, 0)}
     yield from decode_rows(place, wanted)
     yield from prefill_rows(place, wanted)

@@ -54,9 +54,9 @@ def test_rules_in_order(tmp_path: Path) -> None:
             "rtn",
         ),
         (
-            "{match: [dense, experts], format: fp8}",
-            "format: experts: experts have no fp8 form",
-            "int4, int8 or float16",
+            "{match: [dense, experts], format: w8a8}",
+            "format: experts: experts have no w8a8 form",
+            "int4, int8, fp8 or float16",
         ),
         ("{match: vision_experts, format: w8a8}", "format: vision_experts: experts have no w8a8 form", "before"),
         ("{match: dense, format: int4, method: qptq}", "which has no method 'qptq'", "methods of int4: rtn, awq, gptq"),

@@ -22,9 +22,19 @@ def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
     return stored, scales, meant
 
 
+def float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stored E4M3 numbers, a float32 scale per row, and the float32 weight that they stand for."""
+    scales = weight.float().abs().amax(dim=-1) / torch.finfo(torch.float8_e4m3fn).max
+    stored = (weight.float() / scales.unsqueeze(-1)).to(torch.float8_e4m3fn)
+    return stored, scales, stored.float() * scales.unsqueeze(-1)
+
+
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of one layer's experts and how a bank of them is stored; `experts`: the ids that the bank holds."""
+    """Sizes of one layer's experts and how a bank of them is stored; `experts`: the ids that the bank holds.
+
+    `group`: columns that share a scale; 0 with 8 bits: E4M3 numbers, a scale per row.
+    """
 
     hidden: int
     intermediate: int
@@ -75,11 +85,14 @@ def make_case(layer: Layer, ids: torch.Tensor, seed: int = 0) -> Case:
     if layer.bits == 16:
         stored = {name: bank.to(layer.dtype) for name, bank in banks.items()}
         return Case("ExpertDispatch", {**tensors, **stored}, attributes, (stored["gate_up"], stored["down"]))
-    found = {name: quantize(bank, layer.bits, layer.group) for name, bank in banks.items()}
+    found = {
+        name: quantize(bank, layer.bits, layer.group) if layer.group else float8(bank) for name, bank in banks.items()
+    }
     tensors |= {name: stored for name, (stored, _, _) in found.items()}
     tensors |= {f"{name}_scales": scales for name, (_, scales, _) in found.items()}
-    attributes |= {"bits": layer.bits, "group_size": layer.group}
-    return Case("QuantizedExpertDispatch", tensors, attributes, (found["gate_up"][2], found["down"][2]))
+    attributes |= {"bits": layer.bits, "group_size": layer.group} if layer.group else {}
+    op = "QuantizedExpertDispatch" if layer.group else "Fp8ExpertDispatch"
+    return Case(op, tensors, attributes, (found["gate_up"][2], found["down"][2]))
 
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2.5e-2}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moiie_plugins.compile import SUPPORTED_SMS, Selection, compile_kernels, fallback_sm
-from moiie_plugins.images import PTX_VERSION, ptx_parameters
+from moiie_plugins.images import PTX_VERSION, Image, Job, ptx_parameters
 from moiie_plugins.launch import BLOCK_M, SPLIT, plans
 from moiie_plugins.tiles import SHARED_KIB
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -108,6 +109,53 @@ def test_an_unknown_sm_is_named_with_the_known_ones(tmp_path: Path) -> None:
     assert caught.value.hint == "supported SMs: 80, 86, 87, 89, 90, 100, 110, 120"
     with pytest.raises(MoiieError, match="no SM"):
         compile_kernels(tmp_path, [])
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that say what they were asked for, and nothing else."""
+
+    def images(jobs: Sequence[Job], *_: object) -> dict[Job, list[Image]]:
+        return {
+            job: [Image(job.sm, kind, "entry", 0, 4, 0, job.ptx_version, repr(job).encode()) for kind in job.kinds]
+            for job in jobs
+        }
+
+    monkeypatch.setattr("moiie_plugins.compile._compile_all", images)
+
+
+FP8 = Selection(ops=("ExpertDispatch", "Fp8ExpertDispatch"), dtypes=("float16",))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("sms", "expected"),
+    [
+        ((80, 87), None),
+        ((86, 89), [(89, "cubin", 81), (89, "ptx", 81)]),
+        ((87, 90, 110), [(89, "ptx", 81), (90, "cubin", 81), (110, "cubin", PTX_VERSION[110])]),
+    ],
+    ids=["too old", "one of them", "no 89 among them"],
+)
+def test_fp8_kernels_are_made_for_gpus_that_have_the_type(
+    tmp_path: Path, sms: tuple[int, ...], expected: list[tuple[int, str, int]] | None
+) -> None:
+    table = compile_kernels(tmp_path, sms, select=FP8, ptx_versions={89: 80})
+    found = {name: kernel for name, kernel in table["kernels"].items() if "fp8" in name}
+    assert {plan["weights"] for plan in table["plans"]} == ({"float16"} if expected is None else {"float16", "fp8"})
+    assert len(found) == (0 if expected is None else 8)
+    for kernel in found.values():
+        assert kernel["oldest_sm"] == 89
+        assert [(image["sm"], image["kind"], image["ptx_version"]) for image in kernel["images"]] == expected
+    plain = table["kernels"]["expert_decode_gate_up.float16.float16"]
+    assert plain["oldest_sm"] == 0
+    assert {image["sm"] for image in plain["images"]} >= set(sms)
+
+
+def test_fp8_kernels_alone_for_older_gpus_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MoiieError, match="fp8 weights need SM 89 or above, not 80, 87") as caught:
+        compile_kernels(tmp_path, [80, 87], select=Selection(weights=("fp8",)))
+    assert "int8 or int4" in str(caught.value.hint)
 
 
 def test_without_triton_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

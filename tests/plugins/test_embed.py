@@ -26,6 +26,7 @@ TABLE: dict[str, Any] = {
     "kernels": {
         "first.float16": {
             "entry": "first",
+            "oldest_sm": 0,
             "parameters": [["hidden", "pointer"], ["T", "int32"], ["", "null"]],
             "images": [
                 {
@@ -48,7 +49,7 @@ plan Op float16 - either 0 -1
 symbol blocks 128 routes 1 - 127
 buffer act 4 blocks I
 launch first.float16 blocks 1 I BLOCK_N - 1
-kernel first.float16 first
+kernel first.float16 first 0
 parameter hidden pointer
 parameter T int32
 parameter - null

@@ -38,6 +38,9 @@ def check(case: Case, kernels: int, sm: int = 80) -> None:
         pytest.param(Layer(520, 16, (5, 9)), 1, 1, id="several-steps"),
         pytest.param(Layer(64, 32, FOUR, F16, 8, 32), 1, 2, id="int8"),
         pytest.param(Layer(64, 32, FOUR, BF16, 4, 32), 1, 2, id="int4-bfloat16"),
+        pytest.param(Layer(48, 16, FOUR, F16, 8, 0), 2, 2, id="fp8"),
+        pytest.param(Layer(37, 9, FOUR, BF16, 8, 0), 2, 2, id="fp8-odd-sizes-bfloat16"),
+        pytest.param(Layer(520, 16, (5, 9), F16, 8, 0), 1, 1, id="fp8-several-steps"),
     ],
 )
 def test_decode(layer: Layer, tokens: int, top_k: int) -> None:
@@ -68,27 +71,47 @@ def test_decode_groups_in_several_steps(
         pytest.param(Layer(96, 64, FOUR, F16, 4, 32), 20, 2, 80, id="int4-32"),
         pytest.param(Layer(128, 64, FOUR, BF16, 4, 64), 20, 2, 90, id="int4-64-bfloat16-wide"),
         pytest.param(Layer(128, 128, FOUR, F16, 4, 128), 20, 2, 80, id="int4-128"),
+        pytest.param(Layer(75, 19, FOUR, F16, 8, 0), 20, 1, 89, id="fp8-odd-sizes"),
+        pytest.param(Layer(80, 32, FOUR, BF16, 8, 0), 9, 2, 90, id="fp8-bfloat16-wide"),
     ],
 )
 def test_prefill(layer: Layer, tokens: int, top_k: int, sm: int) -> None:
     check(make_case(layer, random_ids(tokens, top_k, layer.experts)), kernels=4, sm=sm)
 
 
-def test_prefill_where_an_expert_has_no_rows_and_another_has_several_blocks() -> None:
+@pytest.mark.parametrize("layer", [Layer(32, 16, FOUR), Layer(32, 16, FOUR, F16, 8, 0)], ids=["float16", "fp8"])
+def test_prefill_where_an_expert_has_no_rows_and_another_has_several_blocks(layer: Layer) -> None:
     ids = torch.full((150, 1), 2)
     ids[140:] = 0
-    check(make_case(Layer(32, 16, FOUR), ids), kernels=4)
+    check(make_case(layer, ids), kernels=4)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(16, 0), (8, 0)], ids=["float16", "fp8"])
 @pytest.mark.parametrize(("tokens", "kernels"), [(2, 2), (12, 4)], ids=["decode", "prefill"])
-def test_routes_to_experts_of_other_banks_add_nothing(tokens: int, kernels: int) -> None:
+def test_routes_to_experts_of_other_banks_add_nothing(tokens: int, kernels: int, bits: int, group: int) -> None:
     """A bank holds 1 and 63 of the ids; a negative id is a route to nowhere. The first token has no expert here."""
     ids = random_ids(tokens, 2, (0, 1, 2, 62, 63))
     ids[0] = torch.tensor([-1, 62])
     ids[1] = torch.tensor([63, 1])
-    case = make_case(Layer(32, 16, (1, 63)), ids)
+    case = make_case(Layer(32, 16, (1, 63), F16, bits, group), ids)
     assert not case.expected()[0].any()
     check(case, kernels)
+
+
+@pytest.mark.parametrize("tokens", [1, 17], ids=["decode", "prefill"])
+def test_every_e4m3_number_is_itself(tokens: int) -> None:
+    """A column of weights that holds all finite ones, subnormal ones too; the others are zero."""
+    from moiie_plugins.run import run
+
+    finite = torch.tensor([bits for bits in range(256) if bits & 0x7F != 0x7F], dtype=torch.uint8)
+    case = make_case(Layer(finite.numel(), 16, (0,), F16, 8, 0), torch.zeros(tokens, 1, dtype=torch.int64))
+    case.tensors["down"].zero_()[0, :, 3] = finite.view(torch.float8_e4m3fn)
+    case.meant[1].copy_(case.tensors["down"].float() * case.tensors["down_scales"].unsqueeze(-1))
+    scale = case.expected().abs().amax(dim=1, keepdim=True) / 448
+    case.tensors["expert_weights"] /= scale.float()
+    out = torch.full_like(case.tensors["hidden"], float("nan"))
+    run(case.op, case.tensors, out, case.attributes, sm=89)
+    torch.testing.assert_close(out.double(), case.expected(), rtol=4e-3, atol=0)
 
 
 def test_as_many_experts_as_there_may_be() -> None:

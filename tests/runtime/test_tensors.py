@@ -95,6 +95,18 @@ def test_bfloat16_rows_are_the_upper_halves_of_float32(tmp_path: Path) -> None:
             file["w"]
 
 
+def test_bits_are_the_bytes_in_the_file(tmp_path: Path) -> None:
+    numbers, halves = np.arange(6, dtype=np.uint8).reshape(2, 3), np.array([1.0, -2.0], np.float16)
+    with TensorWriter(tmp_path / "f", {"f8": ("F8_E4M3", (2, 3)), "f16": ("F16", (2,))}) as writer:
+        writer.write_elements(numbers, "f8")
+        writer.write_elements(halves, "f16")
+    with TensorFile(tmp_path / "f") as file:
+        np.testing.assert_array_equal(file.bits("f8"), numbers, strict=True)
+        np.testing.assert_array_equal(file.bits("f16"), halves.view(np.uint8).reshape(2, 2), strict=True)
+        with pytest.raises(MoiieError, match="no tensor 'f32'"):
+            file.bits("f32")
+
+
 def test_bfloat16_rows_agree_with_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     save_file_torch = pytest.importorskip("safetensors.torch").save_file

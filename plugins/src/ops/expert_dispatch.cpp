@@ -1,4 +1,4 @@
-// ExpertDispatch and QuantizedExpertDispatch: each token through its experts, weighted and summed.
+// ExpertDispatch, QuantizedExpertDispatch and Fp8ExpertDispatch: each token through its experts, weighted and summed.
 //
 // A bank holds the experts that the attribute `experts` names, ascending; a route to another id adds nothing, so a layer
 // may be several nodes whose outputs are added. Ids are below 64, which lets kernels find an expert's place in its bank by
@@ -58,6 +58,8 @@ std::string integer_format(Values const& symbols, DataType) {
     return value_of(symbols, "values_per_byte") == 2 ? "int4" : "int8";
 }
 
+std::string fp8_format(Values const&, DataType) { return "fp8"; }
+
 }  // namespace
 
 Op const kExpertDispatch = [] {
@@ -95,6 +97,26 @@ Op const kQuantizedExpertDispatch = [] {
     op.from_fields = read_quantization;
     op.from_shapes = count_routes;
     op.weights = integer_format;
+    return op;
+}();
+
+Op const kFp8ExpertDispatch = [] {
+    Op op;
+    op.name = "Fp8ExpertDispatch";
+    op.fields = {{"experts", true, false, true, 0}};
+    op.inputs = {
+        {"hidden", parse_shape("T, H"), {DataType::kHALF, DataType::kBF16}},
+        {"expert_ids", parse_shape("T, top_k"), {DataType::kINT32}},
+        {"expert_weights", parse_shape("T, top_k"), {DataType::kFLOAT}},
+        {"gate_up", parse_shape("n, 2*I, H"), {DataType::kFP8}},
+        {"down", parse_shape("n, H, I"), {DataType::kFP8}},
+        {"gate_up_scales", parse_shape("n, 2*I"), {DataType::kFLOAT}},
+        {"down_scales", parse_shape("n, H"), {DataType::kFLOAT}},
+    };
+    op.outputs = {{"out", parse_shape("T, H"), {}}};
+    op.from_fields = read_experts;
+    op.from_shapes = count_routes;
+    op.weights = fp8_format;
     return op;
 }();
 

@@ -7,12 +7,14 @@ namespace moiie {
 
 extern Op const kExpertDispatch;
 extern Op const kQuantizedExpertDispatch;
+extern Op const kFp8ExpertDispatch;
 extern Op const kKVCacheUpdate;
 extern Op const kDecodeAttention;
 extern Op const kDeformableSample;
 
 inline std::vector<Op const*> all_ops() {
-    return {&kExpertDispatch, &kQuantizedExpertDispatch, &kKVCacheUpdate, &kDecodeAttention, &kDeformableSample};
+    return {&kExpertDispatch,  &kQuantizedExpertDispatch, &kFp8ExpertDispatch,
+            &kKVCacheUpdate,   &kDecodeAttention,         &kDeformableSample};
 }
 
 }  // namespace moiie

@@ -33,12 +33,19 @@ from tests.trt_graphs import target
 
 HIDDEN, INNER, LAYERS, EXPERTS, LANGUAGE = 256, 128, (1, 3), (0, 1, 2, 3), (1, 2, 3)
 SHAPES = {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
-FORMATS = [None, *(Scheme(name, group) for name in ("int8", "int4") for group in GROUP_SIZES)]
+FORMATS = [None, Scheme("fp8"), *(Scheme(name, group) for name in ("int8", "int4") for group in GROUP_SIZES)]
 FILE, BANKS = "weights.safetensors", "banks.safetensors"
 
 
 def ident(scheme: Scheme | None) -> str:
     return "float16" if scheme is None else f"{scheme.format}-{scheme.group_size}"
+
+
+def stored_in(file: TensorFile, name: str) -> tuple[np.ndarray, str]:
+    """A tensor, 8-bit floats as uint8, and its type as engine.json calls it."""
+    if file.header[name].dtype == "F8_E4M3":
+        return np.array(file.bits(name)), "float8_e4m3fn"
+    return np.array(file[name]), str(file[name].dtype)
 
 
 @dataclass
@@ -161,9 +168,9 @@ def test_every_expert_is_there_as_the_bundle_stores_it(tmp_path: Path, scheme: S
         for bank in context.banks:
             for kind in ("gate_up", "down"):
                 name = f"experts.{bank.layer}.{bank.name}.{kind}"
-                array = np.asarray(file[name])
+                array, dtype = stored_in(file, name)
                 assert list(array.shape) == context.inputs[name]["shape"]
-                assert str(array.dtype) == context.inputs[name]["dtype"]
+                assert dtype == context.inputs[name]["dtype"]
                 wanted = stored.values[bank.layer, f"{kind}_proj"][list(bank.experts)]
                 if scheme is not None:
                     array = dequantize(array, np.asarray(file[f"{name}_scales"]), scheme)
@@ -173,8 +180,8 @@ def test_every_expert_is_there_as_the_bundle_stores_it(tmp_path: Path, scheme: S
 @needs_triton
 @pytest.mark.parametrize(
     ("scheme", "tokens"),
-    [(None, 12), (Scheme("int8", 64), 2), (Scheme("int4", 128), 12)],
-    ids=["float16 prefill", "int8 decode", "int4 prefill"],
+    [(None, 12), (Scheme("int8", 64), 2), (Scheme("int4", 128), 12), (Scheme("fp8"), 2), (Scheme("fp8"), 12)],
+    ids=["float16 prefill", "int8 decode", "int4 prefill", "fp8 decode", "fp8 prefill"],
 )
 def test_the_kernel_computes_the_layer_from_these_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Scheme | None, tokens: int
@@ -199,7 +206,10 @@ def test_the_kernel_computes_the_layer_from_these_bytes(
         names = [str(value.name) for value in node.inputs[3:] if value is not None]
         if not names or not names[0].startswith(f"experts.{layer}."):
             continue
-        given = {name.rpartition(".")[2]: torch.from_numpy(np.array(file[name])) for name in names}
+        given = {}
+        for name in names:
+            array, dtype = stored_in(file, name)
+            given[name.rpartition(".")[2]] = torch.from_numpy(array).view(getattr(torch, dtype))
         attributes = {key: each.value for key, each in node.attributes.items() if not key.startswith("plugin")}
         tensors = {"hidden": hidden, "expert_ids": ids, "expert_weights": shares, **given}
         out = torch.full_like(hidden, float("nan"))

@@ -167,6 +167,10 @@ CASES: dict[str, tuple[dict[str, Scheme], tuple[str, ...]]] = {
         {"experts.1.gate_up_proj": INT4, "experts.2.gate_up_proj": Scheme("int8", 64), "experts.down_proj": INT8},
         ("experts.5.gate_up_proj",),
     ),
+    "experts fp8, one of them int8": (
+        {"experts.1.gate_up_proj": INT8, "experts.2.gate_up_proj": Scheme("fp8"), "experts.down_proj": Scheme("fp8")},
+        ("experts.5.gate_up_proj",),
+    ),
     "fp8 and w8a8": ({"proj.weight": Scheme("fp8"), "head.weight": Scheme("w8a8")}, ()),
 }
 
@@ -266,7 +270,7 @@ def test_an_op_without_a_quantised_form_is_named_with_the_weight(tmp_path: Path,
     assert "rule for proj.weight" in str(error.hint)
 
 
-def test_experts_have_no_form_with_a_scale_per_row(tmp_path: Path) -> None:
-    stored = Stored(tmp_path, {"experts.down_proj": Scheme("fp8")})
-    with pytest.raises(MoiieError, match="experts.1.down_proj is stored as fp8, for which node node_mixed"):
+def test_experts_have_no_form_that_rounds_activations(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, {"experts.down_proj": Scheme("w8a8")})
+    with pytest.raises(MoiieError, match="experts.1.down_proj is stored as w8a8, for which node node_mixed"):
         rewritten(stored)

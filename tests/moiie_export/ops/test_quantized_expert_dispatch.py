@@ -23,7 +23,7 @@ Run = Callable[..., list[np.ndarray]]
 HIDDEN, INNER = 64, 128
 Form = Scheme | None
 """None: float32."""
-INT4, INT8 = Scheme("int4", 32), Scheme("int8", 64)
+INT4, INT8, FP8 = Scheme("int4", 32), Scheme("int8", 64), Scheme("fp8")
 
 
 def make(forms: list[tuple[Form, Form]], experts: list[int], tokens: int = 9, seed: int = 0) -> dict[str, Any]:
@@ -44,6 +44,9 @@ def make(forms: list[tuple[Form, Form]], experts: list[int], tokens: int = 9, se
             four = form.bits == 4
             case["banks"][f"{kind}_{i}"] = pack_int4(made.values) if four else made.values
             case["typed"][f"{kind}_{i}"] = made.values.astype(ml_dtypes.int4) if four else made.values
+            if form == FP8:
+                case["banks"][f"{kind}_{i}"] = torch.from_numpy(made.values).view(torch.float8_e4m3fn)
+                case["typed"][f"{kind}_{i}"] = made.values.view(ml_dtypes.float8_e4m3fn)
             scales[f"{kind}_scales_{i}"] = made.scales
         chosen = [form[index] for form in forms]
         case["attributes"][f"{kind}_bits"] = [32 if form is None else form.bits for form in chosen]
@@ -61,7 +64,7 @@ def make(forms: list[tuple[Form, Form]], experts: list[int], tokens: int = 9, se
 
 
 def tensors(arrays: Any) -> list[torch.Tensor]:
-    return [torch.from_numpy(array) for array in arrays]
+    return [torch.as_tensor(array) for array in arrays]
 
 
 def in_torch(case: dict[str, Any]) -> np.ndarray:
@@ -81,11 +84,12 @@ def check(run_body: Run, case: dict[str, Any]) -> None:
 FORMS = {
     "all int4": [(INT4, INT4)] * 4,
     "all int8": [(INT8, INT8)] * 4,
+    "all fp8": [(FP8, FP8)] * 4,
     "one expert float32": [(INT4, INT4), (None, None), (INT4, INT4)],
     "all different": [
         (INT4, INT8),
         (Scheme("int8", 32), Scheme("int4", 128)),
-        (None, INT4),
+        (None, FP8),
         (Scheme("int4", 64), None),
     ],
 }
@@ -102,7 +106,7 @@ def test_body_equals_torch_equals_dispatch_on_dequantised_experts(
 @settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_mixture_of_forms(run_body: Run, data: st.DataObject) -> None:
-    form = st.sampled_from([None, *(Scheme(kind, group) for kind in ("int4", "int8") for group in (32, 64))])
+    form = st.sampled_from([None, FP8, *(Scheme(kind, group) for kind in ("int4", "int8") for group in (32, 64))])
     forms = data.draw(st.lists(st.tuples(form, form), min_size=1, max_size=3))
     check(run_body, make(forms, list(range(len(forms))), seed=len(forms)))
 
@@ -119,8 +123,11 @@ def test_an_expert_that_is_not_chosen_cannot_spoil_a_token(run_body: Run, poison
         assert np.isfinite(found).all()
 
 
-def test_weights_reach_one_dequantisation_each_and_nothing_else(body_model: Callable[..., onnx.ModelProto]) -> None:
-    case = make(FORMS["all int4"], [0, 1, 2, 3])
+@pytest.mark.parametrize("forms", ["all int4", "all fp8"])
+def test_weights_reach_one_dequantisation_each_and_nothing_else(
+    body_model: Callable[..., onnx.ModelProto], forms: str
+) -> None:
+    case = make(FORMS[forms], [0, 1, 2, 3])
     model = body_model("QuantizedExpertDispatch", case["attributes"], case["inputs"], case["typed"])
     for bank in (f"{kind}_{i}" for kind in ("gate_up", "down") for i in range(4)):
         users = [(node.op_type, list(node.input).index(bank)) for node in model.functions[0].node if bank in node.input]
@@ -129,5 +136,9 @@ def test_weights_reach_one_dequantisation_each_and_nothing_else(body_model: Call
 
 def test_the_fake_agrees_with_the_op() -> None:
     case = make(FORMS["all different"], [0, 1, 2, 3])
+    arguments = (*tensors(case["inputs"].values()), tensors(case["banks"].values()), *case["attributes"].values())
+    # Of float8, which torch cannot compare, the fake alone is tried.
+    torch.library.opcheck(quantized_expert_dispatch, arguments, test_utils="test_faketensor")
+    case = make([(INT4, INT8), (None, INT4)], [0, 1])
     arguments = (*tensors(case["inputs"].values()), tensors(case["banks"].values()), *case["attributes"].values())
     torch.library.opcheck(quantized_expert_dispatch, arguments)

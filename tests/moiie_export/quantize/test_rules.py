@@ -79,12 +79,13 @@ def test_a_stack_whose_experts_differ_is_taken_apart(source: ModelSource) -> Non
     assert all(sum(prod(part.used_shape) for part in weight.parts) == prod(weight.shape) for weight in split)
 
 
-def test_experts_have_no_form_with_a_scale_per_row(source: ModelSource) -> None:
+def test_experts_have_no_form_that_rounds_activations(source: ModelSource) -> None:
     with pytest.raises(
         Unsound, match=r"match '\*': decoder\..*\.experts\..*: experts have no w8a8 form; put a rule for"
     ):
         resolved(source, rule("*", "w8a8"))
     assert resolved(source, rule("experts", "float16"), rule("*", "w8a8")).forms[GATE_UP] == Form("float16")
+    assert resolved(source, rule("experts", "fp8")).forms[GATE_UP] == Form("fp8", Scheme("fp8"), "rtn")
 
 
 def test_what_cannot_be_quantised_is_passed_over(source: ModelSource) -> None:

@@ -105,6 +105,21 @@ def quantized_experts(bits: int, group: int, tokens: int, kernels: tuple[str, ..
     return Example("QuantizedExpertDispatch", attributes, inputs, "out", (tokens, width), expected, kernels)
 
 
+def fp8_experts(tokens: int, width: int, inner: int, kernels: tuple[str, ...]) -> Example:
+    """Fp8ExpertDispatch with experts 1 and 4; every finite E4M3 number may be drawn."""
+    held = [1, 4]
+    inputs = _routed(tokens, 2, width, held)
+    values, scales, whole = {}, {}, {}
+    for name, shape in {"gate_up": (2, 2 * inner, width), "down": (2, width, inner)}.items():
+        bits = torch.randint(0, 0x7F, shape) | torch.randint(0, 2, shape) << 7
+        values[name] = bits.to(torch.uint8).view(torch.float8_e4m3fn)
+        scales[f"{name}_scales"] = (torch.rand(shape[:-1]) + 0.5) / 100 / math.sqrt(shape[-1])
+        whole[name] = values[name].double() * scales[f"{name}_scales"].double().unsqueeze(-1)
+    inputs |= {**values, **scales}
+    expected = _experts_in(inputs, whole["gate_up"], whole["down"], held)
+    return Example("Fp8ExpertDispatch", {"experts": held}, inputs, "out", (tokens, width), expected, kernels)
+
+
 def cache_update() -> Example:
     """KVCacheUpdate of 3 tokens; the second row's last token lies behind the buffer's end."""
     torch.manual_seed(5)
@@ -162,6 +177,8 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "decode, int8 of 64": lambda: quantized_experts(8, 64, 1, DECODE),
     "prefill, int4 of 128": lambda: quantized_experts(4, 128, 9, PREFILL),
     "prefill, int8 of 32": lambda: quantized_experts(8, 32, 12, PREFILL),
+    "decode, fp8": lambda: fp8_experts(2, 64, 48, DECODE),
+    "prefill, fp8, odd sizes": lambda: fp8_experts(9, 40, 24, PREFILL),
     "cache": cache_update,
     "attention": lambda: attention(0, 0.0),
     "attention, window": lambda: attention(20, 0.25),

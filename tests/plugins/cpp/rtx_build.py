@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,23 @@ from moiie_plugins.refusals import take_refusals
 from tests.plugins.cpp.nodes import EXAMPLES, Example
 
 ROWS = ("hidden", "expert_ids", "expert_weights")
-MOST = 700
+MOST, SMS = 700, (86, 89, 120)
 TYPES = {
     "float16": TensorProto.FLOAT16,
     "float32": TensorProto.FLOAT,
     "int32": TensorProto.INT32,
     "int8": TensorProto.INT8,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
 }
-GRAPHS = ("decode", "decode, int4 of 32", "prefill, int8 of 32", "cache", "attention, window", "samples, float32")
+GRAPHS = (
+    "decode",
+    "decode, int4 of 32",
+    "prefill, int8 of 32",
+    "decode, fp8",
+    "cache",
+    "attention, window",
+    "samples, float32",
+)
 
 
 def graph(example: Example, wrong: bool) -> onnx.ModelProto:
@@ -55,8 +65,10 @@ def graph(example: Example, wrong: bool) -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=opsets, ir_version=11)
 
 
-def build(library: Library, model: onnx.ModelProto, embedded: Path | None) -> tuple[bytes | None, list[str]]:
-    """The plan for SM86, 89 and 120 with two profiles, or None, and TensorRT's errors."""
+def build(
+    library: Library, model: onnx.ModelProto, sms: Sequence[int], embedded: Path | None
+) -> tuple[bytes | None, list[str]]:
+    """The plan for some SMs together with two profiles, or None, and TensorRT's errors."""
     trt = library.trt
     said: list[str] = []
 
@@ -76,8 +88,8 @@ def build(library: Library, model: onnx.ModelProto, embedded: Path | None) -> tu
     if not parser.parse(model.SerializeToString()):
         return None, [parser.get_error(i).desc() for i in range(parser.num_errors)]
     config = builder.create_builder_config()
-    config.num_compute_capabilities = 3
-    for index, sm in enumerate((86, 89, 120)):
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
         config.set_compute_capability(library.sms[sm], index)
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if embedded is not None:
@@ -97,16 +109,22 @@ def main(path: Path) -> None:
     """Build them all."""
     library = load_library("tensorrt_rtx")
     load_plugins(library, path)
-    cases = [(name, False, None) for name in GRAPHS] + [("decode", True, None), ("decode", False, path)]
-    for name, wrong, embedded in cases:
+    cases: list[tuple[str, bool, tuple[int, ...], Path | None]] = [
+        *((name, False, (89, 120) if name.endswith("fp8") else SMS, None) for name in GRAPHS),
+        ("decode", True, SMS, None),
+        ("decode, fp8", False, (86,), None),
+        ("decode", False, SMS, path),
+    ]
+    for name, wrong, sms, embedded in cases:
         example = EXAMPLES[name]()
-        plan, said = build(library, graph(example, wrong), embedded)
+        plan, said = build(library, graph(example, wrong), sms, embedded)
         layers = re.findall(rb"custom_layer=\{[^}]*?name=\"([^\"]*)\"", plan or b"")
         print(
             json.dumps(
                 {
                     "name": name,
                     "wrong": wrong,
+                    "sms": sms,
                     "bytes": None if plan is None else len(plan),
                     "layers": [layer.decode() for layer in layers],
                     "op": plan is not None and example.op.encode() in plan,

@@ -25,10 +25,18 @@ from moiie_plugins.headers import find_headers
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 KEPT = ROOT / "build" / "test-plugins"
-SM = 86
-"""The only SM that the tests' library holds cubins for."""
+SM = 89
+"""The only SM that the tests' library holds cubins for: the first that has kernels for every format."""
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, torch.int32: 3, torch.bfloat16: 7, torch.int64: 8}
+TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.int8: 2,
+    torch.int32: 3,
+    torch.float8_e4m3fn: 6,
+    torch.bfloat16: 7,
+    torch.int64: 8,
+}
 """nvinfer1::DataType."""
 
 _COMPILE = """

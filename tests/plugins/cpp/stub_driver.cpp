@@ -1,6 +1,6 @@
 // A libcuda.so.1 without a GPU. It reads the kernels it is given - parameters and block size are written in every cubin
 // and PTX - refuses what a real driver would refuse, and writes each call as a line of JSON to $STUB_LOG.
-//   STUB_SM         compute capability of the only device, 86 unless told
+//   STUB_SM         compute capability of the only device, 89 unless told
 //   STUB_NO_CUBINS  refuse cubins, as a driver does that is older than the compiler
 //   STUB_NO_CONTEXT the calling thread has no context
 
@@ -40,7 +40,7 @@ struct Module {
 
 int device_sm() {
     char const* const told = std::getenv("STUB_SM");
-    return told == nullptr ? 86 : std::atoi(told);
+    return told == nullptr ? 89 : std::atoi(told);
 }
 
 void write_line(std::string const& line) {

@@ -13,6 +13,7 @@ from tests.plugins.cpp.shell import TYPES, drive, tools
 CREATORS = [
     "ExpertDispatch|1||experts",
     "QuantizedExpertDispatch|1||experts|bits|group_size",
+    "Fp8ExpertDispatch|1||experts",
     "KVCacheUpdate|1|",
     "DecodeAttention|1||window|scale",
     "DeformableSample|1|",

@@ -53,6 +53,11 @@ SHAPES = [
     ("decode", {"gate_up": (4, 95, 64)}, "input 3 (gate_up): 95 is no length for an axis '2*I'"),
     ("decode", {"gate_up": (3, 96, 64)}, "input 3 (gate_up) has the shape [3, 96, 64]; axis 0 ('n') must be 4, not 3"),
     ("decode", {"hidden": (1, 3, 64)}, "input 0 (hidden) has 3 axes [1, 3, 64]; expected 2"),
+    (
+        "decode, fp8",
+        {"gate_up_scales": (2, 95)},
+        "input 5 (gate_up_scales) has the shape [2, 95]; axis 1 ('2*I') must be 96",
+    ),
     ("decode, int4 of 32", {"gate_up": (2, 64, 64)}, "axis 2 ('H/values_per_byte') must be 32, not 64"),
     (
         "decode, int4 of 32",
@@ -75,6 +80,8 @@ KINDS = [
     ("decode", {"gate_up": torch.bfloat16}, "input 3 (gate_up) is bfloat16; expected float16, as input 0"),
     ("decode", {"expert_ids": torch.int64}, "input 1 (expert_ids) is int64; expected int32"),
     ("decode, int4 of 32", {"gate_up": torch.float16}, "input 3 (gate_up) is float16; expected int8"),
+    ("decode, fp8", {"gate_up": torch.int8}, "input 3 (gate_up) is int8; expected float8e4m3"),
+    ("decode, fp8", {"down_scales": torch.float16}, "input 6 (down_scales) is float16; expected float32"),
     ("attention", {"past_lengths": torch.int64}, "input 3 (past_lengths) is int64; expected int32"),
 ]
 
@@ -117,15 +124,23 @@ def test_a_missing_input() -> None:
     assert _refused(replace(example, inputs=few)) == "ExpertDispatch: the node has 4 inputs; expected 5"
 
 
-def test_types_without_kernels() -> None:
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("decode", "ExpertDispatch in bfloat16 with weights in bfloat16 and 6 routes"),
+        (
+            "decode, fp8",
+            "Fp8ExpertDispatch in bfloat16 with weights in fp8 and 4 routes; fp8 weights need SM89 or above",
+        ),
+    ],
+)
+def test_types_without_kernels(name: str, sentence: str) -> None:
     """The tests' library holds no bfloat16 kernels."""
-    example = EXAMPLES["decode"]()
+    example = EXAMPLES[name]()
     changed = {
         name: value.bfloat16() if value.dtype == torch.float16 else value for name, value in example.inputs.items()
     }
-    assert "the library holds no kernels for ExpertDispatch in bfloat16 with weights in bfloat16" in _refused(
-        replace(example, inputs=changed)
-    )
+    assert f"the library holds no kernels for {sentence}" in _refused(replace(example, inputs=changed))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +148,9 @@ def test_types_without_kernels() -> None:
     [
         (
             "75",
-            "has no code for SM75 (there is SM86, PTX from SM86); build the library for it: moiie plugins build --sm 75",
+            "has no code for SM75 (there is SM89, PTX from SM89); build the library for it: moiie plugins build --sm 75",
         ),
-        ("87", None),  # PTX of an older SM runs
+        ("90", None),  # PTX of an older SM runs
         ("120", None),
     ],
 )
@@ -146,6 +161,14 @@ def test_a_device_that_the_library_holds_no_cubins_for(sm: str, sentence: str | 
     else:
         assert said.one("log").startswith("ExpertDispatch: kernel 'expert_decode_gate_up.float16")
         assert sentence in said.one("log")
+
+
+def test_a_device_that_is_too_old_for_fp8(tmp_path: Path) -> None:
+    said = _on_device(tmp_path, {"STUB_SM": "86"}, name="decode, fp8")
+    assert said.one("log") == (
+        "Fp8ExpertDispatch: kernel 'expert_decode_gate_up.float16.fp8' needs SM89 or above; this GPU is SM86: "
+        "export the bundle with int8 or int4 instead of fp8 for it"
+    )
 
 
 def test_a_machine_without_a_driver(tmp_path: Path) -> None:
@@ -169,11 +192,11 @@ def test_a_tensor_at_an_odd_address(tmp_path: Path) -> None:
     assert "which is no multiple of 16 bytes" in said.one("log")
 
 
-def _on_device(folder: Path, environment: Mapping[str, str], driver: bool = True) -> Said:
+def _on_device(folder: Path, environment: Mapping[str, str], driver: bool = True, name: str = "decode") -> Said:
     """A node that is built and run over an arena of zeros."""
     arena = folder / "arena"
     arena.write_bytes(bytes(1 << 16))
-    lines = [f"arena {arena} {1 << 16}", *_build(EXAMPLES["decode"]()), "run 256"]
+    lines = [f"arena {arena} {1 << 16}", *_build(EXAMPLES[name]()), "run 256"]
     said = drive(lines, environment, driver=driver)
     assert said.all("failed") in ([], ["run 256"])
     return said

@@ -14,7 +14,7 @@ import torch
 
 from tests.plugins.cpp.arena import Arena, Library, replay
 from tests.plugins.cpp.nodes import EXAMPLES, Example
-from tests.plugins.cpp.shell import Said, drive, tools
+from tests.plugins.cpp.shell import SM, Said, drive, tools
 
 WORKSPACE = 4 << 20
 
@@ -43,7 +43,7 @@ def _run(example: Example, arena: Arena, offsets: dict[str, int], log: Path, **e
     workspace = arena.places["workspace"][0]
     said = drive(
         [f"arena {arena.path} {arena.size}", *node.lines(), f"build {node.op}", f"run {workspace}"],
-        {"STUB_LOG": str(log), "STUB_SM": "86", **environment},
+        {"STUB_LOG": str(log), "STUB_SM": str(SM), **environment},
     )
     assert not said.all("failed"), said.lines
     assert not said.all("log"), said.lines
