@@ -134,6 +134,9 @@ def _wrong_values(section: TargetSection, target: Target) -> Iterator[Wrong]:
     for name in _CPU_ONLY if on_gpu else ():
         if getattr(section, name) is not None:
             yield name, f"means nothing for {target.backend}; it is a setting of CPU targets", "leave it out"
+    if target.backend == "onnxruntime_cuda" and section.kv_cache not in (None, target.precision):
+        reason = f"ONNX Runtime on CUDA keeps keys and values in the target's precision, {target.precision}"
+        yield "kv_cache", reason, "leave it out, or set precision"
 
 
 def _wrong_sms(target: Target, on_gpu: bool) -> Iterator[Wrong]:

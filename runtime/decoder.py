@@ -282,9 +282,8 @@ class Decoder:
             # A model without experts has no use for the modality, and its graph no such input.
             fitting = {name: array for name, array in feeds.items() if name in session.inputs}
             fitting["past_lengths"] = rows.past_lengths
-            if cache.static:
-                fitting = {name: _with_rows(array, cache.rows) for name, array in fitting.items()}
-            outputs = session.run(fitting, ["logits", *names])
+            fed = {name: cache.fill_up(array) for name, array in fitting.items()}
+            outputs = session.run(fed, ["logits", *names])
         chosen = {name: outputs[name].reshape(-1, sequence, outputs[name].shape[-1])[:batch] for name in names}
         return StepResult(
             outputs["logits"][:batch],
@@ -293,11 +292,6 @@ class Decoder:
 
     def _rows(self, ids: NDArray[np.int64]) -> Floats:
         return self._table[ids].astype(np.float32, copy=False)
-
-
-def _with_rows(array: Array, rows: int) -> Array:
-    """The array with rows of zeros below, which fill up a graph of fixed size."""
-    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
 def _put(

@@ -36,6 +36,7 @@ class Engine:
         threads: how many were asked for when it was built; None: one for each core.
         prepack: see `EngineOptions`.
         document: engine.json as its builder wrote it, for what only its backend reads.
+        portable: the bundle as it was exported.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Engine:
     needs: Mapping[str, str]
     threads: int | None
     prepack: bool
+    portable: Bundle
     document: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,9 +74,9 @@ class Engine:
         """
         prepared = prepare(self)
         if prepared is not None:
-            return prepared
+            return replace(prepared, engine=self)
         if KERNELS not in self.needs:
-            return EngineOptions((), self.prepack)
+            return EngineOptions((), self.prepack, engine=self)
         from moiie_runtime import native
 
         if self.needs[KERNELS] != str(native.LAYOUT):
@@ -83,7 +85,7 @@ class Engine:
                 f"this version reads layout {native.LAYOUT}",
                 self.build,
             )
-        return EngineOptions((native.library(),), self.prepack)
+        return EngineOptions((native.library(),), self.prepack, engine=self)
 
 
 def built_targets(bundle: Bundle) -> list[str]:
@@ -110,8 +112,8 @@ def open_engine(bundle: Bundle, target: str) -> Engine:
         raise MoiieError(f"{folder / DOCUMENT}: written by a newer version", "update moiie-export, or build it again")
     _check_source(bundle, raw, str(folder), build)
     threads = top.optional_integer("threads", 1)
-    bundle = _in_place(bundle, top, target)
-    return Engine(target, top.string("backend"), bundle, _needs(top), threads, top.boolean("prepack"), raw)
+    built = _in_place(bundle, top, target)
+    return Engine(target, top.string("backend"), built, _needs(top), threads, top.boolean("prepack"), bundle, raw)
 
 
 def _check_source(bundle: Bundle, raw: Mapping[str, Any], folder: str, build: str) -> None:

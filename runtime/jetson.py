@@ -101,9 +101,8 @@ def read_jetson(root: Path = Path("/"), ask: Ask | None = None) -> Jetson | None
         root: where the system's files are; another folder for tests.
         ask: runs a command and returns what it prints, "" when it cannot be run; default: on this machine.
     """
-    release = _text(root / "etc/nv_tegra_release")
-    chip = _text(root / "proc/device-tree/compatible")
-    if "nvidia,tegra" not in chip and not release.startswith("# R"):
+    release, chip = _identity(root)
+    if not _is_jetson(release, chip):
         return None
     mode, best = _power_mode(root, ask or _ask)
     found = re.search(r"nvidia,(tegra\d+)", chip)
@@ -116,6 +115,20 @@ def read_jetson(root: Path = Path("/"), ask: Ask | None = None) -> Jetson | None
         clocks=tuple(_clocks(root)),
         memory=_memory(root),
     )
+
+
+def shared_memory(root: Path = Path("/")) -> SharedMemory | None:
+    """The memory that CPU and GPU share, or None on a machine that is no Jetson; no command is asked."""
+    return _memory(root) if _is_jetson(*_identity(root)) else None
+
+
+def _identity(root: Path) -> tuple[str, str]:
+    """What the system's release file and its device tree say."""
+    return _text(root / "etc/nv_tegra_release"), _text(root / "proc/device-tree/compatible")
+
+
+def _is_jetson(release: str, chip: str) -> bool:
+    return "nvidia,tegra" in chip or release.startswith("# R")
 
 
 def _l4t(release: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +90,23 @@ class KVCache:
             part = buffer if whole else _part(buffer, first, last)
             session.bind(f"past_key_values.{name}", part)
             session.bind(f"present.{name}", part)
+
+    def fill_up(self, array: NDArray[Any]) -> NDArray[Any]:
+        """What is fed for the first rows, with rows of zeros below it where the graphs always have more."""
+        missing = self.rows - len(array) if self.static else 0
+        return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
+
+    def put(self, name: str, row: int, start: int, values: Floats) -> None:
+        """Write [kv_heads, n, head_dim] into a row of the buffer `name`, from position `start` on."""
+        buffer = self._allocated()[name]
+        stop = start + values.shape[1]
+        if isinstance(buffer, np.ndarray):
+            buffer[row, :, start:stop] = values
+            return
+        part = buffer.rows(row, row + 1)
+        held = part.numpy()
+        held[0, :, start:stop] = values
+        part.write(held)
 
     def spread(self) -> None:
         """Give every beam what the prefill of its request wrote, which lies in row i for request i."""

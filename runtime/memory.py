@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from moiie_runtime.adapters import BANKS
 from moiie_runtime.bundle import Bundle
@@ -47,6 +48,16 @@ class MemoryEstimate:
     def total(self) -> int:
         """All parts together."""
         return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def fixes(self) -> list[str]:
+        """What would make it smaller."""
+        copied = ["export with dtype float32, which needs no copies of the weights on a CPU"] * bool(self.copies)
+        return [
+            *copied,
+            "use a shorter prompt, fewer new tokens, fewer beams or a smaller batch",
+            "give it more memory",
+        ]
 
     def __str__(self) -> str:
         parts = [f"{field.name.replace('_', ' ')} {readable(getattr(self, field.name))}" for field in fields(self)]
@@ -123,20 +134,35 @@ def estimate_memory(bundle: Bundle, request: Request = SMALLEST) -> MemoryEstima
     )
 
 
-def check_memory(estimate: MemoryEstimate, limit: int | None, bundle: Bundle) -> None:
+class Prediction(Protocol):
+    """What is predicted of a request, on the host or on a device."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+
+    @property
+    def fixes(self) -> list[str]:
+        """What would make it smaller."""
+
+
+def check_memory(estimate: Prediction, limit: int | None, bundle: Bundle, *, what: str = "the limit") -> None:
     """Refuse what is predicted to exceed the limit.
+
+    Args:
+        estimate: the prediction.
+        limit: bytes; None for no limit.
+        bundle: for the message.
+        what: whose limit it is, for the message.
 
     Raises:
         MissingDependency: with the prediction, the limit, and what would make it smaller.
     """
-    if limit is None or estimate.total <= limit:
-        return
-    fixes = ["use a shorter prompt, fewer new tokens, fewer beams or a smaller batch", "give it more memory"]
-    if estimate.copies:
-        fixes.insert(0, "export with dtype float32, which needs no copies of the weights on a CPU")
-    raise MissingDependency(
-        f"{bundle.name}: predicted memory {estimate} exceeds the limit of {readable(limit)}", "; or ".join(fixes)
-    )
+    if limit is not None and estimate.total > limit:
+        raise MissingDependency(
+            f"{bundle.name}: predicted memory {estimate} exceeds {what} of {readable(limit)}",
+            "; or ".join(estimate.fixes),
+        )
 
 
 def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request) -> int:
@@ -145,7 +171,7 @@ def _decoder_activations(bundle: Bundle, header: Mapping[str, TensorInfo], reque
     if bundle.prefill_chunk is not None and tokens > bundle.prefill_chunk:
         tokens, rows = bundle.prefill_chunk, 1  # long prompts go through in pieces, row by row
     scores = rows * tokens * request.prompt_tokens * (model.num_attention_heads + 2)
-    widest = _widest(header, bundle.residency["prefill"].weights, model.vocab_size)
+    widest = widest_output(header, bundle.residency["prefill"].weights, model.vocab_size)
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     return _FLOAT32 * (scores + rows * tokens * (6 * model.hidden_size + 2 * heads + 2 * widest))
 
@@ -159,16 +185,17 @@ def _unpacked(bundle: Bundle, header: Mapping[str, TensorInfo], request: Request
     """What each graph takes for multiplying quantised weights out; nothing when no weight is quantised."""
     if not bundle.quantization:
         return []
-    phases = ["prefill", "decode", *_once(bundle, request)]
+    phases = ["prefill", "decode", *once_components(bundle, request)]
     return [unpacking(header, bundle.residency[phase].weights, bundle.quantization) for phase in phases]
 
 
 def _once_bytes(bundle: Bundle, request: Request) -> int:
     """Stored weights of the graphs that run once before the prefill."""
-    return sum(bundle.residency[component].bytes for component in _once(bundle, request))
+    return sum(bundle.residency[component].bytes for component in once_components(bundle, request))
 
 
-def _once(bundle: Bundle, request: Request) -> list[str]:
+def once_components(bundle: Bundle, request: Request) -> list[str]:
+    """The components that run once before the prefill of a request."""
     router = [] if bundle.instance_router is None else [bundle.instance_router.component]
     encoders = [encoder.component for encoder in bundle.encoders] if request.images else []
     return [*router, *encoders]
@@ -188,11 +215,33 @@ def _adapter_bytes(bundle: Bundle, request: Request) -> int:
 
 def _vision_activations(bundle: Bundle, header: Mapping[str, TensorInfo]) -> int:
     """The largest of the encoders, which run one after another, on one picture at a time."""
-    return max(_encoder_activations(bundle, encoder, header) for encoder in bundle.encoders)
+    return max(
+        _FLOAT32
+        * (
+            2 * each.tiles * each.heads * each.tokens**2
+            + each.tiles * each.tokens * (6 * each.hidden + 2 * each.widest)
+        )
+        for each in encoder_shapes(bundle, header)
+    )
 
 
-def _encoder_activations(bundle: Bundle, encoder: Encoder, header: Mapping[str, TensorInfo]) -> int:
-    """One picture; with S2 all tiles of its largest scale run together."""
+@dataclass(frozen=True)
+class EncoderShape:
+    """Sizes of a vision encoder: tiles of a picture that run together, patches of each, and of its layers."""
+
+    tiles: int
+    tokens: int
+    hidden: int
+    heads: int
+    widest: int
+
+
+def encoder_shapes(bundle: Bundle, header: Mapping[str, TensorInfo]) -> list[EncoderShape]:
+    """Of every encoder of a bundle; with S2 all tiles of its largest scale run together."""
+    return [_encoder_shape(bundle, encoder, header) for encoder in bundle.encoders]
+
+
+def _encoder_shape(bundle: Bundle, encoder: Encoder, header: Mapping[str, TensorInfo]) -> EncoderShape:
     names = bundle.residency[encoder.component].weights
     convolutions = [view.shape for view in weight_views(header, names) if len(view.shape) == 4]
     hidden, patch = (convolutions[0][0], convolutions[0][-1]) if convolutions else (bundle.model.hidden_size, 14)
@@ -203,11 +252,10 @@ def _encoder_activations(bundle: Bundle, encoder: Encoder, header: Mapping[str, 
         tokens = (encoder.processor.image_size // patch) ** 2
         if len(bundle.encoders) == 1:  # alone it is not pooled: more patches than rows are tiles
             tiles, tokens = max(1, tokens // encoder.tokens), encoder.tokens
-    scores = 2 * tiles * max(1, hidden // 64) * tokens * tokens
-    return _FLOAT32 * (scores + tiles * tokens * (6 * hidden + 2 * _widest(header, names, 0)))
+    return EncoderShape(tiles, tokens, hidden, max(1, hidden // 64), widest_output(header, names, 0))
 
 
-def _widest(header: Mapping[str, TensorInfo], names: Iterable[str], skipped: int) -> int:
-    """The largest output of a weight matrix, without those of the vocabulary."""
+def widest_output(header: Mapping[str, TensorInfo], names: Iterable[str], skipped: int) -> int:
+    """The largest output of a weight matrix among these, without those of size `skipped`, the vocabulary's."""
     shapes = [view.shape for view in weight_views(header, names)]
     return max((shape[0] for shape in shapes if len(shape) == 2 and shape[0] != skipped), default=1)

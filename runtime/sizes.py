@@ -28,9 +28,9 @@ def parse_size(value: int | str) -> int:
     return size
 
 
-def readable(size: int) -> str:
-    """A number of bytes for people: `1.5 GiB`."""
+def readable(size: float) -> str:
+    """A number of bytes for people: `123 B`, `1.5 GiB`."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
-    return f"{size} B"
+    return f"{size:.0f} B"

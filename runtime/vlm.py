@@ -18,6 +18,7 @@ from moiie_runtime.beam_generate import generate_beams, stream_beams
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.chat import Message
 from moiie_runtime.decoder import Decoder
+from moiie_runtime.device_memory import DeviceEstimate, estimate_device, free_memory
 from moiie_runtime.engines import DEFAULT_TARGET, PORTABLE, built_targets, open_engine
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.feature_cache import FeatureCache
@@ -25,7 +26,7 @@ from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generat
 from moiie_runtime.generation_config import SETTINGS, GenerationConfig
 from moiie_runtime.images import ImageSource
 from moiie_runtime.kv_cache import KVCache
-from moiie_runtime.memory import Request, check_memory, estimate_memory
+from moiie_runtime.memory import MemoryEstimate, Request, check_memory, estimate_memory
 from moiie_runtime.processor import Processor
 from moiie_runtime.prompt import Prompt, penalty_ids
 from moiie_runtime.sessions import Sessions
@@ -52,7 +53,8 @@ def load(
             backend that shall run these (see `moiie_runtime.backends`). None: the form "cpu" where the bundle was built
             for it, else its own graphs.
         threads: threads for the arithmetic; None for one for each physical core that the process may use.
-        memory_limit: bytes, or a text such as "8GiB"; requests predicted to need more are refused.
+        memory_limit: bytes, or a text such as "8GiB"; requests predicted to need more are refused. It counts on the GPU
+            where the bundle runs on one; without it, what is free there is the limit.
         feature_cache: bytes, or a text such as "1GiB", for features of pictures: another question on one of them runs
             no vision encoder. 0 keeps none.
         skip_below: leave out vision experts that are expected to add less than this share; see `Vision`. An
@@ -136,11 +138,13 @@ class VLM:
         skip_below: float | None = None,
         options: EngineOptions = PORTABLE_OPTIONS,
     ) -> None:
-        self._memory_limit = memory_limit
         self._options = options
+        self._limit, self._limit_of = memory_limit, "the limit"
+        if memory_limit is None and options.device is not None:
+            self._limit, self._limit_of = free_memory(options.device), f"the free memory of {options.device.name}"
         bundle.check_files()
-        check_memory(estimate_memory(bundle), memory_limit, bundle)
         self.bundle = bundle
+        self._check_memory(Request())
         self.processor = Processor(bundle)
         self._defaults = _default_config(bundle)
         self.feature_cache = FeatureCache(feature_cache)
@@ -257,6 +261,12 @@ class VLM:
         """
         return self._defaults.updated(generation)
 
+    def predicted_memory(self, request: Request) -> MemoryEstimate | DeviceEstimate:
+        """What a request of this size is predicted to take at its peak: on the GPU where the model runs on one."""
+        if self._options.engine is not None and self._options.device is not None:
+            return estimate_device(self._options.engine, request)
+        return estimate_memory(self.bundle, request)
+
     def close(self) -> None:
         """Release all graphs, weights and buffers. Closing twice is allowed."""
         self._decoder.close()
@@ -288,6 +298,9 @@ class VLM:
         run = generate if answers[0].config.num_beams == 1 else generate_beams
         return run(self._decoder, answers, self._cache(answers), record)
 
+    def _check_memory(self, request: Request) -> None:
+        check_memory(self.predicted_memory(request), self._limit, self.bundle, what=self._limit_of)
+
     def _cache(self, answers: Sequence[Answer]) -> KVCache:
         return KVCache(self.bundle, len(answers), answers[0].config.num_beams, self._options.device)
 
@@ -310,7 +323,7 @@ class VLM:
             all_logits=record.prefill_logits == "all",
             num_beams=config.num_beams,
         )
-        check_memory(estimate_memory(self.bundle, request), self._memory_limit, self.bundle)
+        self._check_memory(request)
         stop_string, rule = self.bundle.prompt.stop_string, self.bundle.penalty_prompt
         return [
             Answer(prompt, config, self.processor.tokenizer, stop_string, penalty_ids(prompt, rule, self.bundle.tokens))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moiie_export.check.memory import DeviceMemory, predict_memory
+from moiie_export.check.memory import predict_memory
 from moiie_export.check.model_ops import model_ops, stored_weights
 from moiie_export.check.support import Row, judge
 from moiie_export.quantize.rules import resolve
 from moiie_export.recipe import Recipe
 from moiie_export.source import ModelSource
 from moiie_export.targets import Target
+from moiie_runtime.device_memory import DeviceEstimate
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class CheckReport:
 
     target: Target
     rows: tuple[Row, ...]
-    memory: DeviceMemory
+    memory: DeviceEstimate
     context: int
 
     @property

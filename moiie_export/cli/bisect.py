@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -32,7 +33,8 @@ def show_bisection(bundle: Path, target: str, *, as_json: bool) -> None:
     options = engine.options()
     progress = Progress()
     try:
-        found = bisect(opened, engine, values_of(engine, options), progress)
+        with contextlib.closing(values_of(engine, options)) as values:
+            found = bisect(opened, engine, values, progress)
     finally:
         options.close()
     progress.finish()

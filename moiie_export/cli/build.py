@@ -14,12 +14,12 @@ from moiie_export.cli.common import (
     JSON_OPTION,
     VERBOSE_OPTION,
     emit_json,
-    human_bytes,
     memory_limit_option,
     note,
     table,
 )
 from moiie_export.cli.progress import Progress
+from moiie_runtime.sizes import readable
 
 if TYPE_CHECKING:
     from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
@@ -99,7 +99,7 @@ def command(
         _show_plan(planned, request, options["as_json"])
         return
     if not planned.cached:
-        note(f"target {target.name}: predicted peak {human_bytes(planned.peak_bytes)} of memory while building")
+        note(f"target {target.name}: predicted peak {readable(planned.peak_bytes)} of memory while building")
     progress = Progress()
     result = build(request, progress)
     progress.finish()
@@ -135,8 +135,8 @@ def _show_plan(planned: BuildPlan, request: BuildRequest, as_json: bool) -> None
     rows = [
         ["target", f"{target.name}: {target.about}"],
         ["output", str(request.output) + (" (up to date)" if planned.cached else "")],
-        ["memory", f"{human_bytes(planned.peak_bytes)} while building"],
-        ["disk", human_bytes(planned.disk_bytes)],
+        ["memory", f"{readable(planned.peak_bytes)} while building"],
+        ["disk", readable(planned.disk_bytes)],
         *(["note", line] for line in planned.notes),
     ]
     click.echo(table(rows))
@@ -151,7 +151,7 @@ def _show_result(result: BuildResult, target: Target, as_json: bool) -> None:
     total = sum(int(entry["bytes"]) for entry in result.files.values())
     done = "up to date" if result.cached else f"built in {result.seconds:.1f} s"
     for name, entry in result.files.items():
-        note(f"  {human_bytes(entry['bytes']):>10}  {name}")
+        note(f"  {readable(entry['bytes']):>10}  {name}")
     bundle = result.path.parent.parent
-    note(f'{human_bytes(total)}, {done}; next: moiie run {bundle} --target {target.name} -p "..."')
+    note(f'{readable(total)}, {done}; next: moiie run {bundle} --target {target.name} -p "..."')
     click.echo(str(result.path))

@@ -15,11 +15,11 @@ from moiie_export.cli.common import (
     VERBOSE_OPTION,
     byte_size,
     emit_json,
-    human_bytes,
     note,
     table,
 )
 from moiie_runtime.errors import Unsound
+from moiie_runtime.sizes import readable
 
 if TYPE_CHECKING:
     from moiie_export.check.report import CheckReport
@@ -95,11 +95,11 @@ def _show(report: CheckReport) -> None:
             "TensorRT 10 and 11 were never run here: what they support is expected, and the build on the device decides"
         )
     parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
-    budget = "" if target.memory is None else f" of {human_bytes(target.memory)}"
-    click.echo(f"predicted memory {human_bytes(memory.peak)}{budget}:")
-    click.echo(table([[name, human_bytes(size)] for name, size in parts.items()], indent="  "))
+    budget = "" if target.memory is None else f" of {readable(target.memory)}"
+    click.echo(f"predicted memory {readable(memory.peak)}{budget}:")
+    click.echo(table([[name, readable(size)] for name, size in parts.items()], indent="  "))
     if target.residency == "after_prefill":
-        note(f"after the prompt, vision encoder and vision experts leave: {human_bytes(memory.answering(True))}")
+        note(f"after the prompt, vision encoder and vision experts leave: {readable(memory.answering(True))}")
 
 
 def _refusal(report: CheckReport) -> Unsound:
@@ -112,7 +112,7 @@ def _refusal(report: CheckReport) -> Unsound:
             "change the target in the recipe's section `targets`, or the rules in `quantization`",
         )
     return Unsound(
-        f"target {report.target.name}: predicted memory {human_bytes(report.memory.peak)} "
-        f"is more than its {human_bytes(report.target.memory or 0)}",
+        f"target {report.target.name}: predicted memory {readable(report.memory.peak)} "
+        f"is more than its {readable(report.target.memory or 0)}",
         "quantise more, or use a shorter --max-context or smaller prefill profiles",
     )

@@ -86,15 +86,6 @@ def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def human_bytes(count: float) -> str:
-    """A size for people: `123 B`, `4.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
 def debugging() -> bool:
     """Whether tracebacks were asked for: -vv or MOIIE_DEBUG=1."""
     return _STATE["verbosity"] >= 2 or os.environ.get("MOIIE_DEBUG", "") not in ("", "0")

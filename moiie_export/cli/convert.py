@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, human_bytes, note
+from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note
+from moiie_runtime.sizes import readable
 
 EPILOG = """\b
 Example:
@@ -63,7 +64,7 @@ def command(checkpoint: Path, output: Path, config: Path | None, as_json: bool, 
     if as_json:
         emit_json(summary(result))
         return
-    note(f"wrote {human_bytes(result.bytes)}, {result.trainable_values} trained values among them")
+    note(f"wrote {readable(result.bytes)}, {result.trainable_values} trained values among them")
     if result.stage == 1:
         note("a first-stage checkpoint: all adapters of a layer are equal, and the first is always taken")
     click.echo(str(result.path))

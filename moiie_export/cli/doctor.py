@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, human_bytes, note, table
+from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note, table
 from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.sizes import readable
 
 if TYPE_CHECKING:
     from moiie_export.cli.environment import Finding
@@ -70,16 +71,16 @@ def _bundle(path: Path) -> Iterator[Finding]:
     bundle = Bundle.open(path)
     bundle.check_files()
     size = sum(record.bytes for record in bundle.files.values())
-    yield Finding("bundle", "ok", f"{path}: {bundle.name}, {len(bundle.files)} files, {human_bytes(size)}")
+    yield Finding("bundle", "ok", f"{path}: {bundle.name}, {len(bundle.files)} files, {readable(size)}")
     yield from engine_findings(bundle)
     request = Request(prompt_tokens=bundle.tokens.image_tokens + 100, new_tokens=256, images=1)
     needed = estimate_memory(bundle, request).total
     available = available_memory()
-    detail = f"a question about one picture takes about {human_bytes(needed)}"
+    detail = f"a question about one picture takes about {readable(needed)}"
     if available is None:
         yield Finding("fits", "info", detail)
         return
-    detail += f", {human_bytes(available)} available"
+    detail += f", {readable(available)} available"
     if needed > available:
         yield Finding("fits", "fail", detail, "free memory, or export with a smaller --max-context")
     else:

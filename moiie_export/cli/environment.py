@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from moiie_export.cli.common import human_bytes
+from moiie_runtime.sizes import readable
 
 OLDEST_ONNXRUNTIME = (1, 23)
 """The first release that runs a bundle's graphs (opset 23)."""
@@ -81,7 +81,7 @@ def _read(path: str) -> str:
 
 def _memory() -> Finding:
     available = available_memory()
-    return Finding("memory", "info", "unknown" if available is None else f"{human_bytes(available)} available")
+    return Finding("memory", "info", "unknown" if available is None else f"{readable(available)} available")
 
 
 def _packages() -> Iterator[Finding]:

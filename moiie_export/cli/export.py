@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, human_bytes, note, table
+from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note, table
 from moiie_export.cli.progress import Progress
+from moiie_runtime.sizes import readable
 
 if TYPE_CHECKING:
     from moiie_export.pipeline import Plan
@@ -78,7 +79,7 @@ def command(source: str, output: Path, dry_run: bool, force: bool, as_json: bool
         emit_json({"bundle": result.path, "seconds": result.seconds, "stages": result.stages, "files": result.files})
         return
     size = sum(path.stat().st_size for path in Path(result.path).rglob("*") if path.is_file())
-    note(f'wrote {human_bytes(size)} in {result.seconds:.1f} s; next: moiie run {result.path} -p "..."')
+    note(f'wrote {readable(size)} in {result.seconds:.1f} s; next: moiie run {result.path} -p "..."')
     click.echo(str(result.path))
 
 
@@ -88,4 +89,4 @@ def _show_plan(planned: Plan, output: Path, as_json: bool) -> None:
         emit_json({"bundle": output, "bytes": planned.bytes, "stages": stages})
         return
     click.echo(table([[each["name"], each["action"], each["reason"]] for each in stages]))
-    click.echo(f"{output} would hold about {human_bytes(planned.bytes)}")
+    click.echo(f"{output} would hold about {readable(planned.bytes)}")

@@ -16,11 +16,11 @@ from moiie_export.cli.common import (
     JSON_OPTION,
     VERBOSE_OPTION,
     emit_json,
-    human_bytes,
     note,
     table,
 )
 from moiie_runtime.errors import Unsound
+from moiie_runtime.sizes import readable
 
 if TYPE_CHECKING:
     from moiie_runtime.bundle import Bundle
@@ -122,12 +122,10 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
         counts = sorted(_map(component.get("op_counts")).items(), key=lambda item: (-item[1], item[0]))
         yield _filled([f"{op} {count}" for op, count in counts] or ["not recorded"])
     weights = document["weights"]
-    yield f"\nweights: {weights['tensors']} tensors, {human_bytes(weights['bytes'])}, each stored once"
+    yield f"\nweights: {weights['tensors']} tensors, {readable(weights['bytes'])}, each stored once"
     groups = {f"as {name}": each for name, each in weights["by_dtype"].items()}
     groups |= {f"for {name}": each for name, each in weights["by_component"].items()}
-    yield table(
-        [[name, f"{each['tensors']} tensors", human_bytes(each["bytes"])] for name, each in groups.items()], "  "
-    )
+    yield table([[name, f"{each['tensors']} tensors", readable(each["bytes"])] for name, each in groups.items()], "  ")
     if document["quantized"]:
         yield "\nby bank:"
         yield table(list(_banks(weights["by_bank"])), "  ")
@@ -137,7 +135,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
 def _banks(banks: Mapping[str, Any]) -> Iterator[list[str]]:
     for bank, forms in banks.items():
         for form, each in forms.items():
-            yield [bank, form, f"{each['parameters']} weights", human_bytes(each["bytes"])]
+            yield [bank, form, f"{each['parameters']} weights", readable(each["bytes"])]
 
 
 def _head(document: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -157,7 +155,7 @@ def _head(document: Mapping[str, Any]) -> Iterator[list[str]]:
         groups = "; ".join(f"{name}: {_words(ids)}" for name, ids in moe["expert_groups"].items())
         yield ["experts", f"{moe['num_experts']}, top {moe['top_k']}, in layers {_words(moe['layers'])} ({groups})"]
     per_token = 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * model["head_dim"] * 4
-    size = human_bytes(per_token * cache["capacity"])
+    size = readable(per_token * cache["capacity"])
     yield ["context", f"{cache['capacity']} tokens (KV cache {cache['layout']} {cache['dtype']}, {size} a sequence)"]
     quantized = f", {document['quantized']} tensors quantised" if document["quantized"] else ""
     yield ["weights", f"stored as {document['dtype']}{quantized}"]

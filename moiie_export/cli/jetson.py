@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import distributions
 
-from moiie_export.cli.common import human_bytes
 from moiie_export.cli.environment import Finding
 from moiie_runtime.jetson import Clock, Jetson, SharedMemory, read_jetson
+from moiie_runtime.sizes import readable
 
 OLDEST_TENSORRT = (10, 3)
 _FREE = 0.6
@@ -89,7 +89,7 @@ def _clock(clock: Clock) -> Finding:
 
 
 def _memory(memory: SharedMemory) -> Iterator[Finding]:
-    detail = f"{human_bytes(memory.available)} of {human_bytes(memory.total)} free, shared by CPU and GPU"
+    detail = f"{readable(memory.available)} of {readable(memory.total)} free, shared by CPU and GPU"
     if memory.available < _FREE * memory.total:
         hint = "close programs; without a desktop: sudo systemctl isolate multi-user.target"
         yield Finding("shared memory", "warn", detail, hint)
@@ -97,11 +97,9 @@ def _memory(memory: SharedMemory) -> Iterator[Finding]:
         yield Finding("shared memory", "ok", detail)
     if memory.zram:
         hint = "sudo systemctl disable nvzramconfig, add a swap file on the disk, and start again"
-        detail = f"{human_bytes(memory.zram)} of swap is zram, which takes the memory that engines need"
+        detail = f"{readable(memory.zram)} of swap is zram, which takes the memory that engines need"
         yield Finding("swap", "warn", detail, hint)
     elif memory.swap:
-        yield Finding(
-            "swap", "ok", f"{human_bytes(memory.swap)}; for building engines only, weights in use do not swap"
-        )
+        yield Finding("swap", "ok", f"{readable(memory.swap)}; for building engines only, weights in use do not swap")
     else:
         yield Finding("swap", "info", "none: building engines may end for want of memory on small boards")

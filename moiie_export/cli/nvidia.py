@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from moiie_export.cli.common import human_bytes
 from moiie_export.cli.environment import Finding, installed
 from moiie_runtime.backends.gpu_info import Driver, find_driver
 from moiie_runtime.backends.tensorrt_checks import check_machine
@@ -13,6 +12,7 @@ from moiie_runtime.backends.tensorrt_library import installed_version
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import built_targets, open_engine
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.sizes import readable
 from moiie_runtime.strict_files import read_json_object
 
 PLUGINS = Path("plugins-build", "libmoiie_plugins.so")
@@ -50,7 +50,7 @@ def _driver(driver: Driver | None) -> Iterator[Finding]:
         return
     yield Finding("cuda", "ok", cuda)
     for index, gpu in enumerate(driver.gpus):
-        yield Finding(f"gpu {index}", "ok", f"{gpu.name}, SM {gpu.sm}, {human_bytes(gpu.memory)}")
+        yield Finding(f"gpu {index}", "ok", f"{gpu.name}, SM {gpu.sm}, {readable(gpu.memory)}")
 
 
 def _bindings(driver: Driver | None) -> Finding:

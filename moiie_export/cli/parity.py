@@ -20,6 +20,7 @@ Examples:
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --recipe my.yaml
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --report report.html
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --ranges
+  moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --target rtx
   moiie parity moiie-phi3.bundle --bisect --target cpu
 
 Both models get the same pictures and texts: those of the recipe's
@@ -30,6 +31,9 @@ file that needs neither network nor scripts.
 
 A bundle with quantised weights is compared twice: its graphs with what its own
 weights say, and these with the checkpoint's (parity.bounds.int8, int4, fp8).
+
+--target compares through a form that was built, on the device that it is for;
+what it does not give (hidden states, most often) is listed as not run.
 
 --bisect needs no checkpoint: it gives a built form and the bundle's own graphs the
 same inputs and names the first node whose result differs by more than the
@@ -123,7 +127,7 @@ def command(bundle: Path, checkpoint: Path | None, vision_tower: Path | None, re
             bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress, target=target
         )
     progress.finish()
-    _show(report, (bundle, checkpoint), outputs, as_json=as_json)
+    _show(report, (bundle, checkpoint, target), outputs, as_json=as_json)
 
 
 def _prepare(outputs: dict[str, Path | None]) -> None:
@@ -139,7 +143,9 @@ def _prepare(outputs: dict[str, Path | None]) -> None:
         prepare(**outputs)
 
 
-def _show(report: Report, compared: tuple[Path, Path], outputs: dict[str, Path | None], *, as_json: bool) -> None:
+def _show(
+    report: Report, compared: tuple[Path, Path, str | None], outputs: dict[str, Path | None], *, as_json: bool
+) -> None:
     if as_json:
         emit_json(report.to_dict())
     else:
@@ -147,11 +153,18 @@ def _show(report: Report, compared: tuple[Path, Path], outputs: dict[str, Path |
     written = _write(report.to_dict(), **outputs)
     if not report:
         first = report.first_failure
+        bundle, checkpoint, target = compared
         hint = "export the bundle again from this checkpoint; if it still differs, the difference begins at that check"
         if first is not None and first.stage == "files":
             hint = "copy the bundle again, or write it again with `moiie export`"
+        elif target is not None:
+            hint = (
+                f"compare the bundle itself, without --target; if that holds, moiie parity {bundle} --bisect --target "
+                f"{target} names the first node that differs"
+            )
         more = f"; see {written}" if written else ""
-        raise Unsound(f"{compared[0]} is not the model of {compared[1]}: {report.verdict()}{more}", hint)
+        form = "" if target is None else f" as built for {target}"
+        raise Unsound(f"{bundle}{form} is not the model of {checkpoint}: {report.verdict()}{more}", hint)
     if written:
         note(f"written: {written}")
 

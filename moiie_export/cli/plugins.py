@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, human_bytes, note, table
+from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note, table
 from moiie_export.cli.progress import Progress
+from moiie_runtime.sizes import readable
 
 EPILOG = """\b
 Examples:
@@ -22,6 +23,7 @@ Examples:
 \b
 Needs triton, cmake, a C++17 compiler and TensorRT's headers: those of the folder TENSORRT_INCLUDE_DIR, else the
 system's, else those of the pip package kernel-lens. No GPU, no CUDA toolkit and no TensorRT library are needed.
+Experts in fp8 have kernels for SM 89 and above; a library for older GPUs alone leaves them out.
 Build on the device itself where its driver is older than Triton's compiler (JetPack 6).
 """
 
@@ -70,7 +72,7 @@ def build(sms: tuple[int, ...] | None, out: Path, as_json: bool) -> None:
     rows = [
         ["kernels", f"{facts['kernels']['count']} for SM {', '.join(map(str, facts['sms']))}"],
         ["TensorRT headers", f"{facts['tensorrt_headers']['version']} ({facts['tensorrt_headers']['origin']})"],
-        ["size", human_bytes(facts["library"]["bytes"])],
+        ["size", readable(facts["library"]["bytes"])],
     ]
     note(table(rows))
     click.echo(str(built.library))

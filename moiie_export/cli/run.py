@@ -123,7 +123,9 @@ _THE_BUNDLES = "  [default: the bundle's]"
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with.  [default: one a core]"
 )
-@memory_limit_option("Refuse what is predicted to take more, for example 8GiB.")
+@memory_limit_option(
+    "Refuse what is predicted to take more, for example 8GiB; on a GPU without it: more than is free there."
+)
 @JSON_OPTION
 @VERBOSE_OPTION
 def command(bundle: Path, **options: Any) -> None:
@@ -187,7 +189,7 @@ def _prepared(vlm: VLM, wanted: Mapping[str, Any]) -> Prompt:
 
 
 def _say_memory(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
-    from moiie_runtime.memory import Request, estimate_memory
+    from moiie_runtime.memory import Request
 
     settings = vlm.settings(**_generation(wanted))
     request = Request(
@@ -198,7 +200,7 @@ def _say_memory(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:
         all_logits=wanted["all_logits"],
         num_beams=settings.num_beams,
     )
-    note(f"predicted memory: {estimate_memory(vlm.bundle, request)}")
+    note(f"predicted memory: {vlm.predicted_memory(request)}")
 
 
 def _streamed(vlm: VLM, prompt: Prompt, wanted: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, human_bytes, note
+from moiie_export.cli.common import CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note
+from moiie_runtime.sizes import readable
 
 EPILOG = """\b
 Examples:
@@ -47,5 +48,5 @@ def command(checkpoint: Path, output: Path, check: bool, as_json: bool, **option
     if as_json:
         emit_json({**summary(result), "checked": check})
         return
-    note(f"wrote {human_bytes(result.bytes)}: {len(result.layers)} layers of {result.shape.num_experts} experts")
+    note(f"wrote {readable(result.bytes)}: {len(result.layers)} layers of {result.shape.num_experts} experts")
     click.echo(str(result.path))

@@ -34,14 +34,15 @@ def check_parity(
         cases: prompts and pictures; None for those of the bundle's recipe, and made-up ones where there are none.
         progress: called with a stage's name, steps done and steps in all.
         target: a form that `moiie build` made of the bundle, in place of its own graphs. What it does not give as an
-            output is not compared; where weights are quantised, the bounds are those for engines that round activations.
+            output is listed as not run. Bounds are those of engines that round (`parity.bounds.engine_half`,
+            `engine_int8`) where it does.
 
     Returns:
         The report; truthy when all checks pass.
 
     Raises:
         MoiieError: no bundle or no checkpoint there, or one that cannot be opened; a picture that cannot be read.
-        MissingDependency: torch, onnx or onnxruntime is not installed.
+        MissingDependency: torch, onnx or onnxruntime is not installed, or the form cannot run on this machine.
     """
     try:
         from moiie_export.parity.run import Parity

@@ -9,11 +9,12 @@ import numpy as np
 from moiie_export.parity.cases import Question
 from moiie_export.parity.decoder_stage import CaseRun
 from moiie_export.parity.reference import Inputs, Reference
-from moiie_export.parity.report import Check
+from moiie_export.parity.report import Check, left_out
 from moiie_export.parity.text import first_difference
 from moiie_runtime.beam_search import BeamSearch
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.generation_config import GenerationConfig
+from moiie_runtime.kv_cache import static_rows
 from moiie_runtime.prompt import Prompt, penalty_ids
 from moiie_runtime.sampling import History
 from moiie_runtime.vlm import VLM
@@ -28,6 +29,10 @@ def compare_beams(vlm: VLM, reference: Reference, question: Question, prompt: Pr
     config = vlm.settings(max_new_tokens=length, do_sample=False)
     if config.num_beams == 1:
         return []
+    rows = static_rows(vlm.bundle)
+    if rows is not None and rows < config.num_beams:
+        reason = f"the bundle asks for {config.num_beams} beams, the engine has rows for {rows} (batch of its target)"
+        return [left_out("beams", reason, case=question.name)]
     used = penalty_ids(prompt, vlm.bundle.penalty_prompt, vlm.bundle.tokens)
     expected = _reference_answer(reference, run, config, used)
     try:

@@ -24,12 +24,14 @@ from moiie_export.graph.passes import ORIGIN
 from moiie_export.parity.bisect_inputs import made_up_inputs
 from moiie_export.parity.bounds import bounds_kind, read_bounds
 from moiie_export.parity.metrics import Array
+from moiie_export.parity.values import caches_of, values
 from moiie_export.recipe_parity import Bounds
 from moiie_runtime.backends import get_backend
 from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
-from moiie_runtime.backends.session import EngineOptions, Session
+from moiie_runtime.backends.session import EngineOptions
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import Engine
+from moiie_runtime.kv_cache import static_rows
 
 BLOCK = 48
 """Values that are outputs of one run: their memory is held at once."""
@@ -114,9 +116,12 @@ class Values(Protocol):
     ) -> dict[str, Array]:
         """The named values for these inputs."""
 
+    def close(self) -> None:
+        """Give back what was made for it."""
+
 
 def values_of(engine: Engine, options: EngineOptions) -> Values:
-    """What runs the graphs of this engine."""
+    """What runs the graphs of this engine; the caller closes it."""
     if engine.backend.startswith("tensorrt"):
         from moiie_export.parity.bisect_tensorrt import TensorRtValues
 
@@ -143,7 +148,10 @@ class EngineValues:
         with self._opener(
             marked(model, names), component=component, threads=None, folder=folder, options=self._options
         ) as session:
-            return values(session, names, feeds, self._options)
+            return values(session, names, feeds, caches_of(self._engine.bundle, self._options.device))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _path(self, component: str) -> Path:
         return self._engine.bundle.path(self._engine.bundle.components[component].file)
@@ -166,7 +174,7 @@ def bisect(bundle: Bundle, engine: Engine, runs: Values, progress: Progress) -> 
     compared, worst, found = {}, {}, []
     ties: dict[str, str] = {}
     for component in bundle.phases:
-        comparison = _Comparison(bundle, component, runs, bounds)
+        comparison = _Comparison(bundle, component, runs, bounds, static_rows(engine.bundle) or 1)
         difference = comparison.first(progress)
         compared[component], worst[component] = comparison.done, comparison.worst
         found += [] if difference is None else [difference]
@@ -177,8 +185,9 @@ def bisect(bundle: Bundle, engine: Engine, runs: Values, progress: Progress) -> 
 class _Comparison:
     """One component."""
 
-    def __init__(self, bundle: Bundle, component: str, runs: Values, bounds: Bounds) -> None:
+    def __init__(self, bundle: Bundle, component: str, runs: Values, bounds: Bounds, rows: int) -> None:
         self._bundle, self._component, self._engine, self._bounds = bundle, component, runs, bounds
+        self._rows = rows
         self._path = bundle.path(bundle.components[component].file)
         self._reference = onnx.load(str(self._path), load_external_data=False)
         self._built = runs.graph(component)
@@ -191,7 +200,7 @@ class _Comparison:
         furthest = (-1, 0.0, "")
         for seed in _SEEDS:
             self.done, self.worst, self.tied = 0, 0.0, ""
-            difference = self._scan(made_up_inputs(self._bundle, self._component, seed), progress)
+            difference = self._scan(made_up_inputs(self._bundle, self._component, seed, self._rows), progress)
             if difference is not None or not self.tied:
                 return difference
             furthest = max(furthest, (self.done, self.worst, self.tied))
@@ -223,7 +232,7 @@ class _Comparison:
     def _run_reference(self, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         graph = marked(self._reference, names)
         with OnnxRuntimeSession(graph, component=f"reference {self._component}", folder=self._path.parent) as session:
-            return values(session, names, feeds, EngineOptions())
+            return values(session, names, feeds, caches_of(self._bundle))
 
     def _difference(self, name: str, error: float, right: set[str]) -> Difference:
         node = next(each for each in self._built.graph.node if name in each.output)
@@ -284,35 +293,6 @@ def marked(model: onnx.ModelProto, names: list[str]) -> bytes:
         if not name.startswith("present."):
             copy.graph.output.append(kept.get(name) or onnx.ValueInfoProto(name=name))
     return bytes(copy.SerializeToString())
-
-
-def values(session: Session, names: list[str], feeds: Mapping[str, Array], options: EngineOptions) -> dict[str, Array]:
-    """One run with caches of its own, which the graph updates in place."""
-    own: dict[str, Any] = {}
-    fed = {}
-    for name, array in feeds.items():
-        spec = session.inputs.get(name)
-        if spec is None:
-            continue
-        if not name.startswith("past_key_values."):
-            fed[name] = array
-            continue
-        cache = array.astype(spec.dtype)
-        own[name] = cache if options.device is None else options.device.upload(cache, "the KV cache")
-        session.bind(name, own[name])
-        session.bind(name.replace("past_key_values.", "present."), own[name])
-    try:
-        outputs = session.run(fed, [name for name in names if not name.startswith("present.")])
-        for name in names:
-            if name.startswith("present."):
-                buffer = own[name.replace("present.", "past_key_values.")]
-                outputs[name] = buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
-    finally:
-        session.unbind()
-        for buffer in own.values():
-            if not isinstance(buffer, np.ndarray):
-                buffer.free()
-    return outputs
 
 
 def _error(found: Array, wanted: Array) -> float:

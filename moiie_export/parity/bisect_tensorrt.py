@@ -1,31 +1,36 @@
 """Values inside TensorRT engines: the graph that went into an engine is built again with them as outputs, and run once.
 
-Needs the GPU of the target, and the graphs that `moiie build --keep-graphs` leaves beside the engines. An engine with more
-outputs is not quite the engine: TensorRT fuses less. Not run on a GPU so far.
+Needs the GPU of the target. The graph is the one that `moiie build --keep-graphs` left beside the engine, or made again
+from the bundle, which gives the same one. An engine with more outputs is not quite the engine: TensorRT fuses less.
+Tested with an emulated TensorRT, not run on a GPU so far.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
+import onnx_ir as ir
 
 from moiie_export.builders.compile_engine import EngineJob
+from moiie_export.builders.dialect_graph import lower_component, save_graph, target_of
 from moiie_export.builders.engine_process import run_job
 from moiie_export.builders.engine_specs import Profile
 from moiie_export.parity.metrics import Array
-from moiie_runtime.backends.device import BFLOAT16, Device, DeviceBuffer
-from moiie_runtime.backends.session import EngineOptions
+from moiie_export.parity.values import caches_of, values
+from moiie_runtime.backends.session import EngineOptions, TensorSpec
+from moiie_runtime.backends.tensorrt import TensorRtSession
+from moiie_runtime.backends.tensorrt_io import tensor_specs
+from moiie_runtime.backends.tensorrt_library import load_library
 from moiie_runtime.backends.tensorrt_shared import TensorRtShared
 from moiie_runtime.engines import Engine
 from moiie_runtime.errors import MoiieError
-
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT32": "int32", "INT64": "int64", "INT8": "int8"}
-_TYPES |= {"BOOL": "bool", "UINT8": "uint8"}
+from moiie_runtime.manifest import FileRecord
+from moiie_runtime.strict_files import sha256_file
 
 
 class TensorRtValues:
@@ -37,42 +42,52 @@ class TensorRtValues:
     """
 
     def __init__(self, engine: Engine, options: EngineOptions) -> None:
-        assert isinstance(options.shared, TensorRtShared)
         assert options.device is not None
-        self._engine, self._shared = engine, options.shared
-        self._device: Device = options.device
-        self._graphs = engine.bundle.path(f"{engine.folder}/graphs")
+        self._engine, self._device = engine, options.device
+        self._library = load_library(engine.backend)
+        self._work = tempfile.TemporaryDirectory()
+        self._folder = Path(self._work.name)
 
     def graph(self, component: str) -> onnx.ModelProto:
         """The graph that went into the engine, without its weights.
 
         Raises:
-            MoiieError: it was not kept.
+            MoiieError: it was not kept, and this version makes another one.
         """
-        path = self._graphs / f"{component}.onnx"
-        if not path.is_file():
-            raise MoiieError(
-                f"{path}: the graphs of this engine were not kept, and values inside are not seen without them",
-                f"{self._engine.build} --keep-graphs --force",
-            )
-        return onnx.load(str(path), load_external_data=False)
+        for path in self._folder.iterdir():  # of the component before
+            path.unlink()
+        kept = self._engine.bundle.path(f"{self._engine.folder}/graphs")
+        if (kept / f"{component}.onnx").is_file():
+            for path in kept.glob(f"{component}.*"):
+                shutil.copyfile(path, self._folder / path.name)
+        else:
+            save_graph(self._lowered(component), component, self._folder)
+        return onnx.load(str(self._folder / f"{component}.onnx"), load_external_data=False)
 
     def run(
         self, component: str, model: onnx.ModelProto, names: list[str], feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Build with these values as outputs, and run."""
-        marked = onnx.ModelProto()
-        marked.CopyFrom(model)
-        known = {value.name for value in marked.graph.output}
-        marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-        with tempfile.TemporaryDirectory(dir=self._graphs) as folder:
-            graph = Path(folder) / f"{component}.onnx"
-            for data in self._graphs.glob("*.data"):  # weights are named relative to the graph
-                (Path(folder) / data.name).hardlink_to(data)
-            onnx.save(marked, str(graph))
-            plan = graph.with_suffix(".engine")
-            run_job(self._engine.backend, self._job(component, graph, plan), lambda *_: None)
-            return self._execute(component, plan.read_bytes(), names, feeds)
+        graph = self._folder / "marked.onnx"  # its weights are named relative to it
+        onnx.save(mark(model, names), str(graph))
+        plan = graph.with_suffix(".engine")
+        run_job(self._engine.backend, self._job(component, graph, plan), lambda *_: None)
+        return self._execute(component, plan, names, feeds)
+
+    def close(self) -> None:
+        """Remove the graphs."""
+        self._work.cleanup()
+
+    def _lowered(self, component: str) -> ir.Model:
+        """The graph as the builder makes it."""
+        model, _ = lower_component(self._engine.portable, component, target_of(self._engine.document))
+        built = {each["name"] for each in self._engine.document["components"][component]["inputs"]}
+        if {value.name for value in model.graph.inputs} != built:
+            raise MoiieError(
+                f"{self._engine.folder}: this version of moiie makes another graph for {component} than the engine's",
+                f"build it again: {self._engine.build} --force",
+            )
+        return model
 
     def _job(self, component: str, graph: Path, plan: Path) -> EngineJob:
         document = self._engine.document
@@ -84,41 +99,40 @@ class TensorRtValues:
         library = None if plugins is None else self._engine.bundle.path(f"{self._engine.folder}/{plugins}")
         return EngineJob(component, graph, plan, profiles, tuple(document["sms"]), library, embed_plugins=False)
 
-    def _execute(self, component: str, plan: bytes, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        trt, aliases = self._shared.trt, self._engine.document["components"][component].get("aliases") or {}
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise self._shared.refusal(f"{component}: TensorRT cannot load the marked engine")
-        context, held = engine.create_execution_context(), dict(self._shared.banks.buffers(component))
-        tensors = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        inputs = [name for name in tensors if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        own: list[DeviceBuffer] = []
+    def _execute(self, component: str, plan: Path, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        shared = TensorRtShared(self._engine, self._library, self._device)
         try:
-            for name in inputs:
-                if name not in held:
-                    array = _fitted(feeds[name], tuple(engine.get_tensor_shape(name)))
-                    context.set_input_shape(name, array.shape)
-                    held[name] = self._device.upload(array, f"input {name}", _TYPES[engine.get_tensor_dtype(name).name])
-                    own.append(held[name])
-            for name in tensors:
-                if name not in held and name in aliases:
-                    held[name] = held[aliases[name]]
-                elif name not in held:
-                    shape, kind = tuple(context.get_tensor_shape(name)), _TYPES[engine.get_tensor_dtype(name).name]
-                    held[name] = self._device.empty(shape, kind, f"output {name}")
-                    own.append(held[name])
-                context.set_tensor_address(name, held[name].address)
-            if not context.execute_async_v3(self._device.stream):
-                raise MoiieError(f"{component}: TensorRT cannot run the marked engine", None)
-            self._device.synchronize()
-            return {name: held[name].numpy() for name in names}
+            shared.engine = self._marked(component, plan, tensor_specs(shared.deserialize(plan)))
+            options = EngineOptions(device=self._device, shared=shared)
+            with TensorRtSession(plan, component=component, transient=True, options=options) as session:
+                return values(session, names, feeds, caches_of(self._engine.bundle, self._device))
         finally:
-            for buffer in own:
-                buffer.free()
+            shared.close()
+
+    def _marked(self, component: str, plan: Path, found: Mapping[str, TensorSpec]) -> Engine:
+        """The engine, described as what was built of it."""
+        bundle = self._engine.bundle
+        described = bundle.components[component]
+        more = {name: _open(spec) for name, spec in found.items() if name not in described.inputs}
+        components = {**bundle.components, component: replace(described, outputs={**more, **described.outputs})}
+        record = FileRecord(sha256_file(plan), plan.stat().st_size)
+        files = {**bundle.files, described.file: record}
+        return replace(self._engine, bundle=replace(bundle, components=components, files=files))
 
 
-def _fitted(array: Array, shape: tuple[Any, ...]) -> Array:
-    """The array with as many rows as a graph of fixed size has."""
-    rows = shape[0] if shape else -1
-    return array if rows in (-1, len(array)) else np.repeat(array, rows, axis=0)
+def mark(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """The graph with these values as outputs beside its own; TensorRT wants to know their types, but no shapes."""
+    marked = onnx.ModelProto()
+    marked.CopyFrom(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+    known = {value.name for value in marked.graph.output}
+    marked.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, types[name], None) for name in names if name not in known
+    )
+    return marked
+
+
+def _open(spec: TensorSpec) -> TensorSpec:
+    """With names for sizes that are only known at run time."""
+    return TensorSpec(spec.dtype, tuple("?" if size == -1 else size for size in spec.shape))

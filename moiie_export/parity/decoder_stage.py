@@ -151,7 +151,7 @@ class DecoderStage:
         cache = self._cache([inputs])
         for layer, buffers in enumerate(past):
             for kind, buffer in zip(("key", "value"), buffers, strict=True):
-                cache[f"{layer}.{kind}"][0, :, :start] = buffer[0, :, :start].numpy()
+                cache.put(f"{layer}.{kind}", 0, 0, buffer[0, :, :start].numpy())
         cache.lengths[:] = start
         actual = self._graphs.prefill(inputs.embeds[None], modality[None], inputs.kept[None], cache).row(0, CHUNK)
         run = self._reference.run(inputs, past, _choices(actual))
@@ -166,7 +166,7 @@ class DecoderStage:
 
     def _cache(self, rows: Sequence[Inputs]) -> KVCache:
         """An empty cache with the adapters that these rows use, as the runtime's own code takes them from the file."""
-        cache = KVCache(self._bundle, len(rows))
+        cache = self._graphs.new_cache(len(rows))
         chosen = [row.adapters for row in rows if row.adapters is not None]
         if self._adapters is not None and len(chosen) == len(rows):
             cache.constants = self._adapters.inputs(chosen)
@@ -206,4 +206,4 @@ def _teach(cache: KVCache, row: int, trace: Trace, slots: tuple[int, int]) -> No
     start, stop = slots
     for kind, buffers in (("key", trace.keys), ("value", trace.values)):
         for layer, buffer in enumerate(buffers):
-            cache[f"{layer}.{kind}"][row, :, start:stop] = buffer[:, start:stop]
+            cache.put(f"{layer}.{kind}", row, start, buffer[:, start:stop])

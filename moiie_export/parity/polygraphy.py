@@ -19,13 +19,13 @@ import torch
 from moiie_export.families import family_of
 from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
-from moiie_export.parity.bisect import values
 from moiie_export.parity.bisect_inputs import made_up_inputs
 from moiie_export.parity.bounds import bounds_kind, read_bounds
 from moiie_export.parity.metrics import Array
 from moiie_export.parity.quantised import stored_formats
 from moiie_export.parity.report import Check, Report
 from moiie_export.parity.stored import StoredWeights
+from moiie_export.parity.values import Caches, caches_of, values
 from moiie_export.recipe_parity import Bounds
 from moiie_export.source import ModelSource
 from moiie_runtime.backends import get_backend
@@ -33,6 +33,7 @@ from moiie_runtime.backends.session import EngineOptions, Session
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import PORTABLE, open_engine
 from moiie_runtime.errors import MissingDependency
+from moiie_runtime.kv_cache import static_rows
 
 try:
     from polygraphy.backend.base import BaseRunner
@@ -53,12 +54,12 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # ships no types
     Args:
         name: for Polygraphy's messages.
         open_session: opens it; called when the runner is activated.
-        options: of the session.
+        caches: of its graph, from `caches_of`.
     """
 
-    def __init__(self, name: str, open_session: Callable[[], Session], options: EngineOptions) -> None:
+    def __init__(self, name: str, open_session: Callable[[], Session], caches: Caches) -> None:
         super().__init__(name=name)
-        self._open, self._options = open_session, options
+        self._open, self._caches = open_session, caches
         self._session: Session | None = None
 
     def activate_impl(self) -> None:
@@ -83,7 +84,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # ships no types
         """One run, with caches that are updated in place."""
         assert self._session is not None
         start = time.perf_counter()
-        found = OrderedDict(values(self._session, list(self._session.outputs), feed_dict, self._options))
+        found = OrderedDict(values(self._session, list(self._session.outputs), feed_dict, self._caches))
         self.inference_time = time.perf_counter() - start
         return found
 
@@ -163,8 +164,9 @@ def compare_with_polygraphy(
                 def open_session(name: str = component.name, path: Path = path) -> Session:
                     return opener(path, component=name, threads=None, transient=False, options=options)
 
-                runner = SessionRunner(f"{target or PORTABLE} {component.name}", open_session, options)
-                feeds = made_up_inputs(portable, component.name)
+                caches = caches_of(opened, options.device)
+                runner = SessionRunner(f"{target or PORTABLE} {component.name}", open_session, caches)
+                feeds = made_up_inputs(portable, component.name, rows=static_rows(opened) or 1)
                 report.checks += compare(ReferenceRunner(component, model), runner, feeds, bounds)
             progress("polygraphy", len(components), len(components))
     finally:

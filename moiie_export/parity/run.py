@@ -32,6 +32,7 @@ from moiie_export.recipe_parity import Bounds, ParityCase
 from moiie_export.source import ModelSource
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import PORTABLE, open_engine
+from moiie_runtime.kv_cache import static_rows
 from moiie_runtime.prompt import Prompt
 from moiie_runtime.vlm import VLM, load
 
@@ -113,6 +114,7 @@ class Parity:
             report.checks.append(check_embedding(stored, bundle.embed_tokens.tensor, source, bundle.dtype))
             questions = self._questions(cases)
             with self._graphs(wanted, models) as graphs, load(bundle.root, target=self._target) as vlm:
+                report.checks += graphs.unseen(wanted)
                 self._compare(source, reference, graphs, vlm, questions, progress)
             progress("weights", 0, 1)
             report.checks += check_weights(stored, source, bundle.dtype, self._stated)
@@ -179,6 +181,7 @@ class Parity:
         report = self._report
         sight = family_of(source.config).sight(vlm, graphs, reference, self._bounds)
         asked = [each for question in questions if (each := self._ask(question, source, sight, vlm))]
+        graphs.forget([name for name in self._bundle.phases if not name.startswith("decoder_")])
         total = len(asked) * (STEPS + 2) + 2
         done = 0
 
@@ -196,6 +199,7 @@ class Parity:
         report.checks += self._batch(stage, runs)
         advance()
         report.checks += self._full_cache(stage, source)
+        graphs.close()  # what follows opens the graphs itself: a device may not hold them twice
         advance()
         for each in asked:
             run = runs[each.question.name]
@@ -228,6 +232,8 @@ class Parity:
         """A prompt with pictures and one without where there are both, else the longest and the shortest."""
         if len(runs) < 2:
             return [left_out("batch", "it takes two cases")]
+        if static_rows(self._bundle) == 1:
+            return [left_out("batch", "the engine was built for one prompt at a time (batch: 1 of its target)")]
         ordered = sorted(runs, key=lambda name: len(runs[name].inputs.embeds))
         pictured = [name for name in ordered if runs[name].inputs.is_vision.any()]
         plain = [name for name in ordered if name not in pictured]

@@ -25,6 +25,7 @@ from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, Tens
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import Engine
 from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.sizes import readable
 from moiie_runtime.tensors import TensorFile
 from moiie_runtime.versions import version_numbers
 
@@ -253,7 +254,7 @@ class OrtCudaSession(OnnxRuntimeSession):
             memory = self._device.memory()
             return MissingDependency(
                 f"{self._where}: {self._device.name} has no room for intermediate results "
-                f"({memory.free / 2**20:.0f} MiB of {memory.total / 2**20:.0f} MiB are free)",
+                f"({readable(memory.free)} of {readable(memory.total)} are free)",
                 "use a smaller batch or a shorter prompt, end other programs on the GPU, or export with int8 or int4 weights",
             )
         return super()._failed(error)

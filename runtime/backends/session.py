@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moiie_runtime.backends.device import Device, DeviceBuffer
 from moiie_runtime.errors import MoiieError
+
+if TYPE_CHECKING:
+    from moiie_runtime.engines import Engine
 
 Array = NDArray[Any]
 
@@ -59,6 +62,7 @@ class EngineOptions:
         device: where the sessions run and the KV cache lies; None: on the host.
         shared: what the backend keeps for all sessions of one loaded bundle; None where there is nothing.
         after_prefill: components whose sessions are closed when the prompts were run.
+        engine: the built form; None for a bundle's own graphs.
     """
 
     libraries: tuple[Path, ...] = ()
@@ -66,6 +70,7 @@ class EngineOptions:
     device: Device | None = None
     shared: Shared | None = None
     after_prefill: tuple[str, ...] = ()
+    engine: Engine | None = None
 
     def close(self) -> None:
         """Give the device back with all that was shared, after the sessions were closed. Closing twice is allowed."""

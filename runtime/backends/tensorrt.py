@@ -26,6 +26,7 @@ from moiie_runtime.backends.session import (
     check_array,
     check_feeds,
 )
+from moiie_runtime.backends.tensorrt_cache import KernelCache
 from moiie_runtime.backends.tensorrt_checks import check_machine
 from moiie_runtime.backends.tensorrt_context import Execution
 from moiie_runtime.backends.tensorrt_io import Port, check_tensors, choose_profile, host_spec, read_profiles
@@ -99,7 +100,8 @@ class TensorRtSession:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._engine: Any = self._shared.load(component, model)
         in_host = check_tensors(self._shared.trt, self._engine, self._where, self._specs)
-        self._execution = Execution(self._shared, self._engine, self._where, not transient and not self._moving)
+        records = not transient and not self._moving
+        self._execution = Execution(self._shared, self._engine, self._where, records, KernelCache(model))
         self._ports = {
             name: Port(self._device, name, self._specs[name].dtype, name in in_host)
             for name in (*self.inputs, *self.outputs)

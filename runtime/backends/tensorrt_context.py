@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moiie_runtime.backends.cuda_graph import CudaGraph
+from moiie_runtime.backends.tensorrt_cache import KernelCache
 from moiie_runtime.backends.tensorrt_shared import TensorRtShared
 from moiie_runtime.errors import MoiieError
 
@@ -21,18 +22,20 @@ class Execution:
         engine: TensorRT's engine.
         where: for messages.
         records: whether to record a CUDA graph when a run is like the one before it.
+        kernels: what was compiled for this engine before.
 
     Raises:
         MissingDependency: no room on the GPU.
     """
 
-    def __init__(self, shared: TensorRtShared, engine: Any, where: str, records: bool) -> None:
+    def __init__(self, shared: TensorRtShared, engine: Any, where: str, records: bool, kernels: KernelCache) -> None:
         self._shared, self._where, self._records = shared, where, records
         self._stream = shared.device.stream
         self._size = int(getattr(engine, "device_memory_size_v2", 0) or getattr(engine, "device_memory_size", 0))
         strategy = shared.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         shared.device.activate()
-        self._context: Any = engine.create_execution_context(strategy)
+        self._kernels = kernels
+        self._context: Any = kernels.create_context(engine, strategy)
         if self._context is None:
             raise shared.refusal(f"{where}: TensorRT cannot make an execution context")
         self._profile = 0
@@ -109,6 +112,7 @@ class Execution:
     def close(self) -> None:
         """Release it, before its engine. Closing twice is allowed."""
         self._changed()
+        self._kernels.save()
         self._context = None
 
     def _changed(self) -> None:

@@ -72,6 +72,14 @@ class TensorRtShared:
         """
         if component not in self._sound:  # one that comes and goes is read through once
             self._check(component, path)
+        return self.deserialize(path)
+
+    def deserialize(self, path: Path) -> Any:
+        """As `load`, of a file that nothing describes.
+
+        Raises:
+            MissingDependency: see `load`.
+        """
         self._said.clear()
         self.device.activate()
         with open_regular(path) as file:  # mapped, so that it is not in memory twice

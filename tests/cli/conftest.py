@@ -14,6 +14,9 @@ import pytest
 
 from moiie_export.cli import cli
 from moiie_export.cli.common import run_guarded
+from tests.runtime.backends.conftest import cuda, trt
+
+__all__ = ["cuda", "trt"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import click
 import numpy as np
 import pytest
 
-from moiie_export.cli.common import VERBOSE_OPTION, emit_json, human_bytes, plain, run_guarded, table
+from moiie_export.cli.common import VERBOSE_OPTION, emit_json, plain, run_guarded, table
 from moiie_runtime.errors import MissingDependency, MoiieError, Unsound
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -94,14 +94,6 @@ def test_json_is_plain_and_strict(capsys: pytest.CaptureFixture[str]) -> None:
     emit_json({"path": Path("a/b"), "ids": np.array([1, 2]), "x": np.float32(0.5), "bad": float("nan"), "é": (1, None)})
     assert json.loads(capsys.readouterr().out) == {"path": "a/b", "ids": [1, 2], "x": 0.5, "bad": None, "é": [1, None]}
     assert plain({3: [True, {"a": float("-inf")}]}) == {"3": [True, {"a": None}]}
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**40, "5120.0 GiB")],
-)
-def test_human_bytes(count: int, text: str) -> None:
-    assert human_bytes(count) == text
 
 
 def test_table_aligns_all_but_the_last_column() -> None:

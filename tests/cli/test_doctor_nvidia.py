@@ -73,7 +73,9 @@ def test_engines_of_a_bundle_are_looked_at(monkeypatch: pytest.MonkeyPatch, gold
     monkeypatch.setattr(
         nvidia,
         "open_engine",
-        lambda bundle, name: Engine(name, {"cpu": "onnxruntime"}.get(name, "tensorrt_rtx"), bundle, {}, None, False),
+        lambda bundle, name: Engine(
+            name, {"cpu": "onnxruntime"}.get(name, "tensorrt_rtx"), bundle, {}, None, False, bundle
+        ),
     )
     monkeypatch.setattr(tensorrt_checks, "load_library", lambda _: tensorrt_checks.Library(None, "tensorrt_rtx", "1"))
     monkeypatch.setattr(tensorrt_checks, "cuda_bindings", lambda: None)

@@ -1,7 +1,8 @@
-"""The whole way on this machine, when a TensorRT is there: engines of a bundle, asked the same as ONNX Runtime.
+"""The whole way on this machine, where its libraries are: engines of a bundle, asked the same as ONNX Runtime on the CPU.
 
-A bundle that travelled here is named by --bundle; without one the smallest synthetic model is exported, which takes the
-packages of the extra `export`. What is missing is said, in the table, and is no failure.
+A bundle that travelled here is named by --bundle, and its checkpoint, for parity with PyTorch through the engines, by
+--checkpoint; without a bundle the smallest synthetic model is exported, which takes the packages of the extra `export`.
+What is missing is said, in the table, and is no failure.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 
 from moiie_runtime.errors import MoiieError
 
-BACKENDS = {"tensorrt": "server", "tensorrt_rtx": "rtx"}
+BACKENDS = {"tensorrt": "server", "tensorrt_rtx": "rtx", "onnxruntime": "ort-cuda"}
 """Module -> the built-in target that its engines are like."""
 PROMPTS = ("USER: What? ASSISTANT:", "USER: Name a colour. ASSISTANT:")
 NEW_TOKENS = 12
-"""Both fit into the smallest model's 64 tokens of context."""
+CONTEXT = 256
+"""Of the smallest model, which holds parity's own prompts too."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,35 @@ class Step:
         return self.outcome.startswith("FAIL")
 
 
-def pipeline_steps(sm: int, bundle: Path | None, plugins: Path | None) -> Iterator[Step]:
-    """What became of each TensorRT that can be imported; at least one line.
+@dataclass(frozen=True)
+class Given:
+    """What is built and compared.
 
-    Args:
+    Attributes:
         sm: compute capability of the GPU times ten.
-        bundle: one to build; None: the smallest is exported.
+        bundle: one to build; None: the smallest is exported, with its checkpoint.
+        checkpoint: what `bundle` was exported from; None: parity with it is left out.
         plugins: libmoiie_plugins.so; None: dense experts of standard layers.
     """
+
+    sm: int
+    bundle: Path | None = None
+    checkpoint: Path | None = None
+    plugins: Path | None = None
+
+
+def pipeline_steps(given: Given) -> Iterator[Step]:
+    """What became of each library that can be imported; at least one line."""
     found = [name for name in BACKENDS if _importable(name)]
     if not found:
         yield Step("pipeline", f"not run: none of {', '.join(BACKENDS)} can be imported here")
     for name in found:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                source = bundle if bundle is not None else _smallest()
-                copy = Path(shutil.copytree(source, Path(folder) / "bundle"))
-                yield from _compared(name, sm, copy, plugins)
+                found = given if given.bundle is not None else _smallest(given)
+                assert found.bundle is not None
+                copy = Path(shutil.copytree(found.bundle, Path(folder) / "bundle"))
+                yield from _compared(name, replace(found, bundle=copy))
             except ImportError as error:
                 yield Step(f"{name}", f"not run: {error}")
             except MoiieError as error:
@@ -59,15 +73,18 @@ def pipeline_steps(sm: int, bundle: Path | None, plugins: Path | None) -> Iterat
                 yield Step(f"{name}", f"{word}: {error.message}")
 
 
-def _compared(name: str, sm: int, bundle: Path, plugins: Path | None) -> Iterator[Step]:
-    """Engines are built and deserialised; their tokens are those of ONNX Runtime on the bundle's own graphs."""
+def _compared(name: str, given: Given) -> Iterator[Step]:
+    """Engines are built and deserialised; their tokens are those of the bundle's own graphs, their values PyTorch's."""
     import moiie_runtime as mr
     from moiie_export.builders import BuildRequest, build
     from moiie_export.targets import BUILT_IN
 
-    wanted = "off" if plugins is None else "required"
-    target = replace(BUILT_IN[BACKENDS[name]], name="here", sms=(sm,), prefill=(64,), plugins=wanted)
-    result = build(BuildRequest(bundle, target, plugin_library=plugins), lambda *_: None)
+    bundle = given.bundle
+    assert bundle is not None
+    target = replace(BUILT_IN[BACKENDS[name]], name="here", prefill=(64, 128))
+    if target.backend != "onnxruntime_cuda":
+        target = replace(target, sms=(given.sm,), plugins="off" if given.plugins is None else "required")
+    result = build(BuildRequest(bundle, target, plugin_library=given.plugins), lambda *_: None)
     yield Step(f"{name}: build", f"ok: {len(result.files)} files in {result.seconds:.1f} s")
     answers = {}
     for form in ("portable", "here"):
@@ -76,7 +93,19 @@ def _compared(name: str, sm: int, bundle: Path, plugins: Path | None) -> Iterato
     pairs = list(zip(answers["portable"], answers["here"], strict=True))
     same = sum(one == other for one, other in pairs)
     word = "ok" if same == len(pairs) else "FAIL"
-    yield Step(f"{name}: tokens", f"{word}: {same} of {len(pairs)} are those of ONNX Runtime")
+    yield Step(f"{name}: tokens", f"{word}: {same} of {len(pairs)} are those of ONNX Runtime on the CPU")
+    yield _parity(name, given)
+
+
+def _parity(name: str, given: Given) -> Step:
+    """Values through the engine against the checkpoint in PyTorch, within the recipe's bounds."""
+    if given.checkpoint is None:
+        return Step(f"{name}: parity", "not run: name the checkpoint that the bundle was exported from, --checkpoint")
+    from moiie_export.parity import check_parity
+
+    assert given.bundle is not None
+    report = check_parity(given.bundle, given.checkpoint, target="here")
+    return Step(f"{name}: parity", f"{'ok' if report else 'FAIL'}: {report.verdict()}")
 
 
 def _importable(name: str) -> bool:
@@ -84,7 +113,8 @@ def _importable(name: str) -> bool:
     return find_spec(name) is not None
 
 
-def _smallest() -> Path:
+def _smallest(given: Given) -> Given:
     from tests.exports import SMALLEST, exported
 
-    return exported(SMALLEST, "float16").bundle
+    made = exported(SMALLEST, "float16", CONTEXT)
+    return replace(given, bundle=made.bundle, checkpoint=made.checkpoint)

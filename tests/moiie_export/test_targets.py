@@ -41,6 +41,11 @@ def test_a_section_changes_what_it_names_and_nothing_else() -> None:
         (TargetSection("x", "orin", sms=()), "at least one compute capability"),
         (TargetSection("x", "orin", prefill=()), "at least one is needed|at least one profile"),
         (TargetSection("x", "orin", memory="much"), "memory size"),
+        (TargetSection("x", "orin", kv_cache="float16"), "kv_cache: means nothing for tensorrt"),
+        (
+            TargetSection("x", "ort-cuda", kv_cache="float32"),
+            "kv_cache: ONNX Runtime on CUDA keeps .* precision, float16",
+        ),
     ],
 )
 def test_sections_that_make_no_sense(section: TargetSection, says: str) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moiie_runtime.jetson import Clock, SharedMemory, read_jetson
+from moiie_runtime.device_memory import free_memory
+from moiie_runtime.jetson import Clock, SharedMemory, read_jetson, shared_memory
+from tests.host_device import TOTAL, HostDevice
 from tests.jetsons import AGX_ORIN, ORIN_NANO, PC, RASPBERRY, THOR, system
 
 
@@ -107,3 +109,13 @@ def test_a_missing_command_is_an_empty_answer(tmp_path: Path, monkeypatch: pytes
     jetson = read_jetson(system(tmp_path, THOR))
     assert jetson is not None
     assert jetson.power_mode is None
+
+
+def test_on_a_jetson_memory_that_the_system_would_give_back_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA does not count pages that hold files."""
+    for files, free in ((ORIN_NANO, 3120000 * 1024), (PC, TOTAL)):
+        root = system(tmp_path / str(free), files)
+        monkeypatch.setattr("moiie_runtime.device_memory.shared_memory", lambda root=root: shared_memory(root))
+        assert free_memory(HostDevice()) == free

@@ -10,34 +10,11 @@ import moiie_runtime as mr
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.memory import MemoryEstimate, Request, check_memory, estimate_memory
-from moiie_runtime.sizes import parse_size
 
 
 @pytest.fixture(scope="module")
 def bundle(golden_bundle) -> Bundle:
     return Bundle.open(golden_bundle("moiie_phi3"))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        (5, 5),
-        ("5", 5),
-        ("8GiB", 8 * 2**30),
-        ("500 MB", 500_000_000),
-        ("1.5kib", 1536),
-        (" 2 gb ", 2 * 10**9),
-        ("7B", 7),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 GiBs", "8XB", "1e9", "0", 0, -1, True, 1.5, None, "9" * 30])
-def test_what_is_no_size(text):
-    with pytest.raises(MoiieError, match="a memory size must be"):
-        parse_size(text)
 
 
 def test_weights_are_counted_once_and_the_tower_only_with_pictures(bundle):

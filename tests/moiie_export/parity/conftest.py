@@ -18,6 +18,7 @@ from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.stages import file_record
 from tests.exports import Exported, exported
 from tests.moiie_export.conftest import edit_json, rewrite
+from tests.tracing import traced_once
 
 WINDOW = 20
 SETTINGS: Mapping[str, Any] = {"layers": 4, "dtype": "F32", "sliding_window": WINDOW}
@@ -48,7 +49,8 @@ class Model:
         if not bundle.is_dir():
             checkpoint = self.copy_checkpoint()
             edit_json(checkpoint / "config.json", changes)
-            export_bundle(ExportRequest(checkpoint, bundle, self.base.recipe))
+            with traced_once():
+                export_bundle(ExportRequest(checkpoint, bundle, self.base.recipe))
         return bundle
 
     def with_graph(self, component: str, change: Callable[[onnx.ModelProto], None]) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from moiie_export.parity.polygraphy import SessionRunner, compare, compare_with_polygraphy
 from moiie_export.recipe_parity import Bounds
-from moiie_runtime.backends.session import EngineOptions, TensorSpec
+from moiie_runtime.backends.session import TensorSpec
 from tests.exports import SMALLEST, exported
 
 
@@ -38,7 +38,7 @@ class Made:
 
 def judged(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray], **bounds: float) -> dict[str, Any]:
     first, second = (
-        SessionRunner(name, lambda each=each: Made(**each), EngineOptions())
+        SessionRunner(name, lambda each=each: Made(**each), lambda feeds: None)
         for name, each in (("a", wanted), ("b", found))
     )
     first.component = "graph"

@@ -1,6 +1,7 @@
 """An emulation of TensorRT's Python API over the emulated driver. It proves that the runtime keeps TensorRT's rules, not more.
 
-A plan is JSON: it names a graph of the portable bundle, which ONNX Runtime computes on the memory that was bound. What
+A plan is JSON: it names a graph of the portable bundle, which ONNX Runtime computes on the memory that was bound, or one
+in a dialect of TensorRT, with its precision and its banks, which tests/trt_reference.py computes. What
 TensorRT would refuse is refused; what it would silently compute wrongly (experts that are not those of the bundle, a
 profile's shape that was not set again) comes out as NaN.
 """
@@ -11,6 +12,8 @@ import enum
 import json
 import math
 from collections.abc import Mapping
+from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +23,14 @@ import numpy as np
 from moiie_runtime.backends.device import ITEM_BYTES, on_host, storage, stored
 from moiie_runtime.backends.onnxruntime import OnnxRuntimeSession
 from tests.runtime.backends.emulated_cuda import ALIGNMENT, EmulatedCuda, Failure
+from tests.trt_reference import Dialect
 
 MAGIC = b"emulated plan "
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
     "bfloat16": "BF16",
+    "float8_e4m3fn": "FP8",
     "int8": "INT8",
     "int32": "INT32",
     "int64": "INT64",
@@ -54,6 +59,8 @@ class EmulatedTensorRt:
         capturable: what `is_stream_capturable` says; None: the library has no such function.
         capture_fails: a recording breaks although that was not foretold.
         libraries: plugin libraries that were loaded.
+        jit: whether kernels are compiled when a context first needs them, as TensorRT for RTX does it.
+        compiled: how often that was done.
     """
 
     ILogger = ILogger
@@ -61,6 +68,7 @@ class EmulatedTensorRt:
     TensorLocation = TensorLocation
     ExecutionContextAllocationStrategy = Strategy
     ComputeCapability = SimpleNamespace(__members__={"SM86": 86, "SM89": 89, "SM120": 120})
+    __spec__ = ModuleSpec("tensorrt", None)  # others look whether there is one
 
     def __init__(self, cuda: EmulatedCuda, version: str) -> None:
         self.cuda = cuda
@@ -68,8 +76,10 @@ class EmulatedTensorRt:
         self.capturable: bool | None = None
         self.capture_fails = False
         self.libraries: list[str] = []
+        self.jit = False
+        self.compiled = 0
         self.chosen: list[int] = []
-        self.graphs: dict[str, OnnxRuntimeSession] = {}
+        self.graph = cache(lambda path: OnnxRuntimeSession(path, component=path.stem, threads=1))
 
     def get_plugin_registry(self) -> Any:
         """The registry."""
@@ -111,6 +121,7 @@ class EmulatedEngine:
         self.device_memory_size_v2 = plan["workspace"]
         self._cuda = runtime.trt.cuda
         self._weights = self._cuda.take(plan["constants"])
+        self.dialect = Dialect(Path(plan["graph"])) if plan.get("dialect") else None
 
     def __del__(self) -> None:
         if hasattr(self, "_weights"):
@@ -132,17 +143,62 @@ class EmulatedEngine:
         """Where a tensor must lie."""
         return TensorLocation.HOST if name in self.plan["host"] else TensorLocation.DEVICE
 
-    def create_execution_context(self, strategy: Any) -> EmulatedContext:
-        """A context."""
-        assert strategy is Strategy.USER_MANAGED
-        return EmulatedContext(self)
+    def create_execution_context(self, given: Any) -> EmulatedContext:
+        """A context; `given` is a strategy or a configuration."""
+        config = given if isinstance(given, RuntimeConfig) else None
+        assert (given if config is None else config.strategy) is Strategy.USER_MANAGED
+        return EmulatedContext(self, None if config is None else config.cache)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "create_runtime_config" and self.runtime.trt.jit:
+            return RuntimeConfig
+        raise AttributeError(name)
+
+
+class RuntimeConfig:
+    """IRuntimeConfig of TensorRT for RTX."""
+
+    strategy: Any = None
+    cache: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        """Who gives memory."""
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        """A new one."""
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        """The cache that contexts of this configuration use."""
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """IRuntimeCache: the profiles of which kernels were compiled."""
+
+    def __init__(self) -> None:
+        self.kernels: list[int] = []
+
+    def deserialize(self, blob: bytes) -> bool:
+        """Whether it was taken."""
+        if not blob.startswith(MAGIC):
+            return False
+        self.kernels = json.loads(blob[len(MAGIC) :])
+        return True
+
+    def serialize(self) -> bytes:
+        """As bytes."""
+        return MAGIC + json.dumps(self.kernels).encode()
 
 
 class EmulatedContext:
     """TensorRT's IExecutionContext."""
 
-    def __init__(self, engine: EmulatedEngine) -> None:
+    def __init__(self, engine: EmulatedEngine, cache: RuntimeCache | None = None) -> None:
         self.engine = engine
+        self._cache = cache
         self._trt = engine.runtime.trt
         self._cuda = self._trt.cuda
         self._profile = 0
@@ -204,6 +260,10 @@ class EmulatedContext:
         if reason is not None:
             return self._refuse(reason)
         self._settled = True
+        if self._trt.jit and (self._cache is None or self._profile not in self._cache.kernels):
+            self._trt.compiled += 1
+            if self._cache is not None:
+                self._cache.kernels.append(self._profile)
         addresses, memory = dict(self._addresses), self._memory
         shapes = {name: self.get_tensor_shape(name) for name in self.engine.tensors}
         self._trt.chosen.append(self._profile)
@@ -233,14 +293,29 @@ class EmulatedContext:
         return None
 
     def _compute(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], memory: tuple[int, int]) -> None:
-        plan, cuda = self.engine.plan, self._cuda
+        cuda = self._cuda
         cuda.view(*memory).fill(0xAB)  # intermediate results of another graph, or of nobody
         arrays = {}
         for name, spec in self.engine.tensors.items():
             size = math.prod(shapes[name]) * ITEM_BYTES[spec["dtype"]]
-            raw = cuda.view(addresses[name], size, locked=name in plan["host"])
+            raw = cuda.view(addresses[name], size, locked=name in self.engine.plan["host"])
             arrays[name] = raw.view(storage(spec["dtype"])).reshape(shapes[name])
-        graph = self._graph(Path(plan["graph"]))
+        if self.engine.dialect is not None:
+            self._compute_dialect(self.engine.dialect, arrays)
+        else:
+            self._compute_portable(self._trt.graph(Path(self.engine.plan["graph"])), arrays, shapes)
+
+    def _compute_dialect(self, graph: Dialect, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Every input as it lies in memory."""
+        found = graph.run({name: arrays[name].copy() for name in graph.inputs})
+        for each in self.engine.plan["outputs"]:
+            arrays[each["name"]][...] = found[each["name"]]
+
+    def _compute_portable(
+        self, graph: OnnxRuntimeSession, arrays: dict[str, np.ndarray[Any, Any]], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """float32, rounded at the ends; experts that are not those of the bundle give NaN."""
+        plan = self.engine.plan
         feeds = {}
         for name, spec in graph.inputs.items():
             if name not in arrays:  # the builder drops inputs that no node reads
@@ -255,12 +330,6 @@ class EmulatedContext:
             numbers = found[name] if sound or target.dtype.kind != "f" else np.full_like(found[name], np.nan)
             target[:] = stored(numbers, each["dtype"]).reshape(target.shape)
 
-    def _graph(self, path: Path) -> OnnxRuntimeSession:
-        graphs = self._trt.graphs
-        if str(path) not in graphs:
-            graphs[str(path)] = OnnxRuntimeSession(path, component=path.stem, threads=1)
-        return graphs[str(path)]
-
 
 def _size(label: str, known: Mapping[str, int]) -> int:
     """A name such as `sequence`, or `4*sequence`."""
@@ -269,5 +338,9 @@ def _size(label: str, known: Mapping[str, int]) -> int:
 
 
 def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
-    """Write a plan: graph, inputs, outputs, profiles, aliases, banks (input -> file of its bytes), host, workspace, constants."""
+    """Write a plan.
+
+    graph and whether it is one in a dialect, inputs, outputs, profiles, aliases, banks (input -> file of its bytes),
+    host, workspace, constants.
+    """
     path.write_bytes(MAGIC + json.dumps(plan).encode())

@@ -23,8 +23,13 @@ from tests.runtime.backends.emulated_tensorrt import EmulatedTensorRt, write_pla
 VERSION = "1.7.1.116"
 
 
-def build(bundle: Path, name: str, settings: dict[str, Any], plugins: Path | None = None) -> None:
-    """BUNDLE/engines/<name>, a target like the built-in one with other settings."""
+def build(
+    bundle: Path, name: str, settings: dict[str, Any], plugins: Path | None = None, *, dialect: bool = False
+) -> None:
+    """BUNDLE/engines/<name>, a target like the built-in one with other settings.
+
+    Its plans compute the bundle's own graphs, or with `dialect` what TensorRT would have been given.
+    """
     target = replace(BUILT_IN[settings.pop("like", "rtx")], name=name, **settings)
     with pytest.MonkeyPatch.context() as patch:
         fake = EmulatedTensorRt(EmulatedCuda(), VERSION)
@@ -34,21 +39,23 @@ def build(bundle: Path, name: str, settings: dict[str, Any], plugins: Path | Non
         patch.setattr(builder, "run_job", lambda backend, job, progress: job.output.write_bytes(b""))
         patch.setattr(builder, "_check_header", lambda *_: None)
         patch.setattr(builder, "cuda_floor", lambda backend: {"cuda": "12.0", "driver": "525.60.13"})
-        builder.build_engines(BuildRequest(bundle, target, plugin_library=plugins), lambda *_: None)
-    write_plans(bundle, name)
+        request = BuildRequest(bundle, target, plugin_library=plugins, keep_graphs=dialect)
+        builder.build_engines(request, lambda *_: None)
+    write_plans(bundle, name, dialect=dialect)
 
 
 def write_plans(bundle: Path, name: str, **changes: Any) -> None:
-    """Plans that compute the bundle's own graphs, as engine.json describes them."""
+    """Plans for what engine.json describes; of a dialect where `dialect` is among the changes."""
     folder = bundle / "engines" / name
     document = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
     opened, banks = Bundle.open(bundle), TensorFile(folder / document["weights_file"])
     for component, described in document["components"].items():
         names = [each for bank in document["banks"] if component in bank["components"] for each in bank["inputs"]]
+        own = folder / "graphs" / f"{component}.onnx" if changes.get("dialect") else None
         plan = {
             **{key: described[key] for key in ("inputs", "outputs", "profiles", "aliases")},
-            "graph": str(opened.path(opened.components[component].file)),
-            "banks": {each: str(_bytes_of(banks, each, folder.parent)) for each in names},
+            "graph": str(own or opened.path(opened.components[component].file)),
+            "banks": {} if own else {each: str(_bytes_of(banks, each, folder.parent)) for each in names},
             "batch": document["settings"]["batch"],
             "host": [],
             "workspace": 4096 if component == "decoder_decode" else 65536,

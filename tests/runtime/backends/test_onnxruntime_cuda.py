@@ -152,7 +152,7 @@ def test_no_room_is_an_environment_that_lacks_something(engine: Engine, options:
             RuntimeError("[ONNXRuntimeError] : Failed to allocate memory for requested buffer of size 9")
         )
         assert isinstance(failed, MissingDependency)
-        assert "MiB are free" in failed.message
+        assert failed.message.endswith("(1.0 GiB of 1.0 GiB are free)")
         assert not isinstance(session._failed(RuntimeError("Invalid dimension")), MissingDependency)
 
 

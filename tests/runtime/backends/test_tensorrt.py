@@ -258,7 +258,7 @@ def test_no_room_says_for_what_and_gives_everything_back(trt, engine_bundle, mis
     cuda.total, text = says[missing]
     if missing == "results":
         cuda.total = everything
-    with load(engine_bundle, "rtx") as vlm:
+    with load(engine_bundle, "rtx", memory_limit="1GiB") as vlm:
         if missing == "results":
             vlm._decoder.load("decoder_prefill")
             vlm._decoder.load("decoder_decode")

@@ -31,7 +31,7 @@ DOCUMENT = {
 def engine(trt, manifest, write_bundle) -> Engine:
     bundle = Bundle.open(write_bundle(manifest))
     (bundle.root / "engines" / "rtx").mkdir(parents=True)
-    return Engine("rtx", "tensorrt_rtx", bundle, {"tensorrt_rtx": trt.__version__}, None, False, DOCUMENT)
+    return Engine("rtx", "tensorrt_rtx", bundle, {"tensorrt_rtx": trt.__version__}, None, False, bundle, DOCUMENT)
 
 
 def test_the_first_thing_that_is_missing_is_named(engine, trt, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import moiie_runtime as mr
+from moiie_export.parity import ParityCase, check_parity, decoder_stage
 from tests.exports import exported_mome
 from tests.runtime.backends.engine_bundle import build
 
@@ -36,4 +37,20 @@ def test_answers_are_those_of_the_portable_graphs(trt, bundle):
             opened = vlm._decoder._sessions.opened
     assert found["two"] == found["portable"]
     assert opened == ("router", "decoder_prefill", "decoder_decode")
+    assert not any(trt.cuda.left.values())
+
+
+def test_it_is_its_checkpoint_through_the_engines(trt, bundle, monkeypatch):
+    """What the engines do not give is named, and so are the five beams that two rows cannot hold."""
+    trt.cuda.total = 1 << 30
+    monkeypatch.setattr(decoder_stage, "KEPT", 2)
+    report = check_parity(
+        bundle, exported_mome(640).checkpoint, target="two", cases=[ParityCase("What is it?", (PICTURE,))]
+    )
+    assert report, report.summary()
+    unseen = {check.stage for check in report.checks if not check.ran}
+    assert {"the sentence embedding", "logits of adapters", "ADT features", "hidden states", "beams"} <= unseen
+    assert {"instance routing", "vision", "KV cache", "logits", "text"} <= {
+        each.stage for each in report.checks if each.ran
+    }
     assert not any(trt.cuda.left.values())
