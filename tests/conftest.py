@@ -21,6 +21,7 @@ from moiie_export.pipeline import ExportRequest, export_bundle
 from moiie_export.recipe import load_recipe
 from moiie_runtime.tensors import TensorFile
 from tests.exports import BUNDLES, sources_digest
+from tests.tracing import trace_quickly
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -71,6 +72,11 @@ class GoldenCase:
 def golden(request: pytest.FixtureRequest) -> GoldenCase:
     """Each golden case in turn."""
     return GoldenCase(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _quick_tracing() -> None:
+    trace_quickly()
 
 
 @pytest.fixture(scope="session")

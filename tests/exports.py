@@ -19,6 +19,7 @@ from moiie_export.recipe_quantization import QuantizationSection, QuantRule
 from tests.mome_golden import minilm
 from tests.mome_layout import write_layout
 from tests.synthetic import write_checkpoint
+from tests.tracing import traced_once
 
 ROOT = Path(__file__).parent.parent
 Storage = Literal["float32", "float16"]
@@ -95,7 +96,8 @@ def _kept(wanted: Exported, folder: Path, write: Callable[[], object]) -> Export
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not wanted.bundle.is_dir():
             write()
-            export_bundle(ExportRequest(wanted.checkpoint, wanted.bundle, wanted.recipe))
+            with traced_once():
+                export_bundle(ExportRequest(wanted.checkpoint, wanted.bundle, wanted.recipe))
     return wanted
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moiie_export.weights_stage import WEIGHTS_FILE, WeightsJob
 from moiie_runtime.tensor_header import Specs, build_header
 from tests import synthetic, synthetic_mome
 from tests.bench.full import MODELS
+from tests.tracing import traced_once
 
 Shapes = Mapping[str, tuple[int, ...]]
 TOWER = (1152, 4304, 27, 16, 384, 14)
@@ -39,17 +40,21 @@ def write_hollow(path: Path, specs: Specs) -> None:
         file.truncate(len(head) + sum(info.nbytes for info in header.values()))
 
 
-def write_decoder(directory: Path, name: str, graph: str, capacity: int) -> None:
-    """A graph of `phi3`'s or `llama3`'s decoder at its real widths, two layers of experts, in `directory`/onnx."""
+def write_graphs(directory: Path, name: str, graphs: Sequence[str], capacity: int) -> None:
+    """Graphs of `phi3` or `llama3` at their real widths, in `directory`/onnx.
+
+    Two layers of decoder, both with experts, and two of the tower; few words.
+    """
     checkpoint = write_full_size(
-        directory / name, name, layers=2, moe_layers="all", vocab=512, tower=(8, 16, 2, 2, 28, 14)
+        directory / name, name, layers=2, moe_layers="all", vocab=512, tower=(*TOWER[:2], 2, *TOWER[3:])
     )
     (directory / "onnx").mkdir(parents=True)
-    with ModelSource.open(checkpoint) as source:
+    with ModelSource.open(checkpoint) as source, traced_once():
         resolved = resolve(QuantizationSection(RULES), "float16", source.weight_map, source.config)
         source.weight_map = resolved.weight_map
         write_hollow(directory / WEIGHTS_FILE, WeightsJob.of(source, resolved).specs())
-        write_graph(graph, source, capacity, directory, resolved.schemes)
+        for graph in graphs:
+            write_graph(graph, source, capacity, directory, resolved.schemes)
 
 
 def write_full_size(directory: Path, name: str, **changes: Any) -> Path:

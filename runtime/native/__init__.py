@@ -28,7 +28,7 @@ def library() -> Path:
         MoiieError: the compiler fails, or others may write to the cache of compiled libraries.
     """
     sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in {".cpp", ".h"})
-    return compiled("native", sources, _FLAGS, "the CPU operators")
+    return compiled("native", sources, _FLAGS, "the CPU operators", "run the bundle's own graphs: --target portable")
 
 
 def available() -> bool:

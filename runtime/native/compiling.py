@@ -21,7 +21,7 @@ _SHARED = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
 _log = logging.getLogger(__name__)
 
 
-def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], about: str) -> Path:
+def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], about: str, instead: str = "") -> Path:
     """The library made of these sources; the first call on a machine compiles it.
 
     It is kept in `moiie-export` under XDG_CACHE_HOME (~/.cache when it is not set), one file for each state of the
@@ -32,6 +32,7 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], about: st
         sources: C++ sources and their headers.
         flags: of the compiler, beside those that make a shared library of C++17.
         about: what it is, for messages.
+        instead: what to do without it, for the hint.
 
     Raises:
         MissingDependency: there is no C++ compiler.
@@ -41,8 +42,8 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], about: st
     if compiler is None:
         raise MissingDependency(
             f"no C++ compiler for {about} (looked for {', '.join(COMPILERS)} on PATH)",
-            "install one (Debian and Ubuntu: `apt install g++`; macOS: `xcode-select --install`), or run the bundle "
-            "without building it for this CPU",
+            "install one (Debian and Ubuntu: `apt install g++`; macOS: `xcode-select --install`)"
+            + (f", or {instead}" if instead else ""),
         )
     command = [compiler, *_SHARED, *flags]
     path = _cache() / f"{name}-{_digest(command, sources)}.so"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +25,19 @@ from moiie_runtime.errors import MoiieError
 from moiie_runtime.tensors import TensorFile
 from tests.exports import small_recipe
 from tests.synthetic import write_checkpoint
+from tests.tracing import traced_once
 
 ISLAND = "decoder.layers.0.self_attn.o_proj.weight"
 RULES = (
     QuantRule(("experts",), "int4", 32, "awq"),
     QuantRule(("attention", "lm_head"), "int8", 32, "gptq"),
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_model() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture

@@ -77,6 +77,11 @@ def test_no_compiler(sources, tmp_path, monkeypatch):
     with pytest.raises(MissingDependency, match="no C\\+\\+ compiler") as caught:
         native.library()
     assert "apt install g++" in caught.value.hint
+    assert "--target portable" in caught.value.hint
+    with pytest.raises(MissingDependency, match="for the clock") as caught:
+        compiling.compiled("clock", [sources / "answer.cpp"], (), "the clock")
+    assert "apt install g++" in caught.value.hint
+    assert "target" not in caught.value.hint, "what the operators of a bundle can be replaced by is no help here"
 
 
 def test_code_that_does_not_compile_leaves_nothing(sources, tmp_path):

@@ -2,7 +2,7 @@
 
     python rtx_process.py OUT PLUGINS FOLDER...
 
-FOLDER is a bundle, or has the graphs of a decoder in onnx/ whose two layers have experts
+FOLDER is a bundle, or has graphs of a MoIIE in onnx/ whose two layers have experts
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ from moiie_runtime.bundle import Bundle
 from tests.trt_graphs import target
 
 SMS, BUCKETS = (86, 89, 120), (64, 1024)
+PROFILES = {
+    "decoder_prefill": (
+        Profile("prefill_64", {"sequence": (1, 64, 64)}),
+        Profile("prefill_1024", {"sequence": (65, 1024, 1024)}),
+    ),
+    "vision_encoder": (Profile("images", {"images": (1, 1, 4)}),),
+}
+"""Of graphs without a bundle; the decode step has no open dimension."""
 
 
 def _profiles(folder: Path, name: str, wanted: Any) -> tuple[Profile, ...]:
     if (folder / "bundle.json").is_file():
         return next(each.profiles for each in engine_specs(Bundle.open(folder), wanted) if each.component == name)
-    sizes = ((1, 64, 64), (65, 1024, 1024))
-    return tuple(Profile(f"prefill_{size[2]}", {"sequence": size}) for size in sizes)
+    return PROFILES.get(name, ())
 
 
 def main(out: Path, plugins: Path, folders: list[Path]) -> None:

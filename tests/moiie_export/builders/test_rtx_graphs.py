@@ -1,4 +1,4 @@
-"""LLaMA-3's decoder at its real widths, and all graphs of MoME, parse and build for three GPUs together, without a GPU.
+"""Phi-3 and LLaMA-3 at their real widths, and all graphs of MoME, parse and build for three GPUs together, without a GPU.
 
 Weights are holes in files, stored in four bits, and experts are inputs: a real width costs seconds and little memory. That
 nothing is dropped from a graph on the way ("Unused Input") is checked by every build.
@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from tests.exports import exported_mome
-from tests.hollow import write_decoder
+from tests.hollow import write_graphs
 from tests.plugins.cpp.shell import released
 from tests.rtx import need_rtx
 
 SMS = [86, 89, 120]
+DECODER = ("decoder_decode", "decoder_prefill")
+FULL_WIDTH = {"llama3": DECODER, "phi3": (*DECODER, "vision_encoder")}
+"""LLaMA-3's vision encoder is Phi-3's but for the projector's last width."""
 MOME = ("decoder_decode", "decoder_prefill", "router", "vision_clip", "vision_dino", "vision_pix2struct")
 Builds = dict[tuple[str, str], dict[str, Any]]
 
@@ -29,11 +32,11 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     """(folder, graph) -> what was built; one process for all."""
     need_rtx()
     folder = tmp_path_factory.mktemp("graphs")
-    write_decoder(folder / "llama3", "llama3", "decoder_prefill", 4096)
-    mome = exported_mome(640).bundle
-    (folder / "mome").symlink_to(mome)
+    for name, graphs in FULL_WIDTH.items():
+        write_graphs(folder / name, name, graphs, 4096)
+    (folder / "mome").symlink_to(exported_mome(640).bundle)
     (folder / "out").mkdir()
-    folders = [folder / name for name in ("llama3", "mome")]
+    folders = [folder / name for name in (*FULL_WIDTH, "mome")]
     script = Path(__file__).parent / "rtx_process.py"
     command = [sys.executable, script, folder / "out", released().library, *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,30 +46,36 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 
 
 def test_every_graph_is_built_for_all_gpus_together(builds: Builds) -> None:
-    assert set(builds) == {
-        ("llama3", "decoder_prefill"),
-        *(("mome", name) for name in MOME),
-    }
+    assert set(builds) == {(folder, name) for folder, names in {**FULL_WIDTH, "mome": MOME}.items() for name in names}
     for each in builds.values():
         assert each["sms"] == SMS
         assert each["accelerators"] == [SMS]
 
 
 def test_profiles_and_masks_are_in_the_plan(builds: Builds) -> None:
-    assert builds["llama3", "decoder_prefill"]["bounds"] == [[1, 64], [65, 1024]]
-    assert builds["mome", "decoder_prefill"]["bounds"] == [[1, 64], [65, 640]]
-    for (_, graph), each in builds.items():
+    """Phi-3 attends to 2047 keys, fewer than the 4096 there is room for; the others see all."""
+    longest = {"llama3": 1024, "phi3": 1024, "mome": 640}
+    for (folder, graph), each in builds.items():
         if graph == "decoder_prefill":
-            assert each["attention"] == "lower_right"
-            assert each["causal"] >= 1
+            assert each["bounds"] == [[1, 64], [65, longest[folder]]]
+            assert (each["causal"] >= 1) == (folder != "phi3")
         if graph == "decoder_decode":
             assert each["bounds"] == []
+        if graph in DECODER:
+            assert each["attention"] == ("mask" if folder == "phi3" else "lower_right")
+    assert builds["phi3", "vision_encoder"]["bounds"] == [[1, 4]]
 
 
-def test_quantised_experts_of_real_width_are_inputs_of_the_plugin(builds: Builds) -> None:
-    prefill = builds["llama3", "decoder_prefill"]
-    assert prefill["banks"]["experts.1.vision.gate_up"] == [1, 2 * 14336, 4096 // 2]
-    assert prefill["banks"]["experts.1.language.down_scales"] == [3, 4096, 14336 // 32]
-    assert prefill["layers"] >= 4, "two banks in each of two layers"
-    experts = sum(shape[0] * shape[1] * shape[2] for shape in prefill["banks"].values())
-    assert prefill["bytes"] < experts, "experts are not in the plan"
+@pytest.mark.parametrize(("model", "hidden", "intermediate"), [("llama3", 4096, 14336), ("phi3", 3072, 8192)])
+def test_quantised_experts_of_real_width_are_inputs_of_the_plugin(
+    builds: Builds, model: str, hidden: int, intermediate: int
+) -> None:
+    """Two banks in each of two layers; the decode step has one, without the expert that only vision reaches."""
+    prefill, decode = (builds[model, graph] for graph in ("decoder_prefill", "decoder_decode"))
+    assert prefill["banks"]["experts.1.vision.gate_up"] == [1, 2 * intermediate, hidden // 2]
+    assert prefill["banks"]["experts.1.language.down_scales"] == [3, hidden, intermediate // 32]
+    assert decode["banks"] == {name: shape for name, shape in prefill["banks"].items() if ".language." in name}
+    for each, banks in ((prefill, 4), (decode, 2)):
+        assert each["layers"] >= banks
+        experts = sum(shape[0] * shape[1] * shape[2] for shape in each["banks"].values())
+        assert each["bytes"] < experts / 4, "experts are not in the plan"
