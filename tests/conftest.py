@@ -13,6 +13,8 @@ from typing import Any
 
 # The models are tiny: a second thread costs more at its barriers than it computes. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels are interpreted. Triton looks when it is imported, and tracing imports it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest

@@ -120,3 +120,8 @@ MIXED_RULES = (
     {"match": ("vision_tower",), "format": "int8"},
 )
 """Vision-only experts in another form than the others, a head of its own, and biases in the tower."""
+
+
+def smallest_with_room() -> Exported:
+    """The smallest model with a context that holds parity's own prompts."""
+    return exported(SMALLEST, "float32", 256)

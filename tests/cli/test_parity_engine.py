@@ -19,19 +19,18 @@ from moiie_export.stages import file_record
 from moiie_export.targets import find_target
 from moiie_runtime.tensors import read_header
 from tests.cli.conftest import Moiie
-from tests.exports import SMALLEST, exported
+from tests.exports import smallest_with_room
 from tests.host_device import emulate
 from tests.runtime.backends.emulated_tensorrt import EmulatedTensorRt
 from tests.runtime.backends.engine_bundle import build, edit, write_plans
 
-BASE = exported(SMALLEST, "float32", 256)
 HIDDEN_STAGES = {"hidden states", "tower features", "batch", "names, shapes, dtypes, attributes"}
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Target `rtx` computes its graphs in float16; `two` the bundle's own, with two rows in bfloat16."""
-    copy = Path(shutil.copytree(BASE.bundle, tmp_path_factory.mktemp("parity") / "bundle"))
+    copy = Path(shutil.copytree(smallest_with_room().bundle, tmp_path_factory.mktemp("parity") / "bundle"))
     build(copy, "rtx", {"prefill": (32, 128)}, dialect=True)
     build(copy, "two", {"prefill": (128,), "batch": 2, "precision": "bfloat16"})
     build_target(BuildRequest(copy, find_target("ort-cuda")), lambda *_: None)
@@ -48,7 +47,9 @@ def one_case(tmp_path: Path) -> Path:
 
 
 def parity(moiie: Moiie, bundle: Path, target: str, *more: object) -> Any:
-    result = moiie("parity", bundle, "--checkpoint", BASE.checkpoint, "--target", target, "--json", *more)
+    result = moiie(
+        "parity", bundle, "--checkpoint", smallest_with_room().checkpoint, "--target", target, "--json", *more
+    )
     assert result.out, result.err
     return result, result.document
 

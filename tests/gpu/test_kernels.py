@@ -44,16 +44,6 @@ def test_the_script_measures_and_prints_its_table_last(tmp_path: Path) -> None:
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_pipeline_without_tensorrt_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.gpu import pipeline
-
-    monkeypatch.setattr(pipeline, "BACKENDS", {"tensorrt": "server", "tensorrt_of_nowhere": "rtx"})
-    monkeypatch.setattr(pipeline, "_importable", lambda name: False)
-    (step,) = pipeline.pipeline_steps(90, None, None)
-    assert step.outcome == "not run: none of tensorrt, tensorrt_of_nowhere can be imported here"
-    assert not step.failed
-
-
 class Answering:
     """A VLM that gives one answer."""
 
@@ -73,8 +63,8 @@ class Answering:
 @pytest.mark.parametrize(
     ("engine", "outcome"),
     [
-        ([1, 2], "ok: 2 of 2 are those of ONNX Runtime"),
-        ([1, 3], "FAIL: 0 of 2 are those of ONNX Runtime"),
+        ([1, 2], "ok: 2 of 2 are those of ONNX Runtime on the CPU"),
+        ([1, 3], "FAIL: 0 of 2 are those of ONNX Runtime on the CPU"),
         (MissingDependency("there is no driver"), "not run: there is no driver"),
         (MoiieError("a wrong shape"), "FAIL: a wrong shape"),
         (ImportError("no cuda"), "not run: no cuda"),
@@ -103,9 +93,10 @@ def test_the_pipeline_compares_tokens_and_says_what_is_missing(
     monkeypatch.setattr("moiie_export.builders.build", build)
     monkeypatch.setattr("moiie_runtime.load", load)
     (tmp_path / "bundle").mkdir()
-    steps = list(pipeline.pipeline_steps(90, tmp_path / "bundle", None))
-    assert [step.outcome for step in steps] == ["ok: 1 files in 1.0 s", outcome]
-    assert steps[-1].failed == outcome.startswith("FAIL")
+    steps = list(pipeline.pipeline_steps(pipeline.Given(90, tmp_path / "bundle")))
+    assert [step.outcome for step in steps[:2]] == ["ok: 1 files in 1.0 s", outcome]
+    assert steps[1].failed == outcome.startswith("FAIL")
+    assert len(steps) == (2 if isinstance(engine, Exception) else 3), "parity follows where there is an engine"
     assert (asked[0].target.sms, asked[0].target.plugins) == ((90,), "off")
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter for tests: set up before the kernels are imported, and quicker than it comes."""
+"""Triton's interpreter for tests, quicker than it comes; tests/conftest.py chooses it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

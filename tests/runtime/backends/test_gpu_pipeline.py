@@ -10,14 +10,12 @@ import pytest
 from moiie_export import builders
 from moiie_export.builders import BuildRequest
 from moiie_export.parity import decoder_stage
-from tests.exports import SMALLEST, exported
+from tests.exports import smallest_with_room
 from tests.gpu import pipeline
 from tests.gpu.pipeline import Given, pipeline_steps
 from tests.host_device import emulate
 from tests.runtime.backends import engine_bundle
 from tests.runtime.backends.emulated_tensorrt import EmulatedTensorRt
-
-BASE = exported(SMALLEST, "float32", 256)
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def test_every_library_builds_answers_and_is_the_checkpoint(
 ) -> None:
     emulate(monkeypatch)
     monkeypatch.setattr(pipeline, "_importable", lambda name: name != "tensorrt")
-    found = outcomes(Given(89, BASE.bundle, BASE.checkpoint))
+    found = outcomes(Given(89, smallest_with_room().bundle, smallest_with_room().checkpoint))
     steps = {f"{name}: {step}" for name in ("tensorrt_rtx", "onnxruntime") for step in ("build", "tokens", "parity")}
     assert set(found) == steps
     assert all(outcome.startswith("ok: ") for outcome in found.values()), found
@@ -59,9 +57,13 @@ def test_another_model_fails_and_what_is_missing_does_not(
     built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "_importable", lambda name: name == "tensorrt_rtx")
-    assert outcomes(Given(89, BASE.bundle))["tensorrt_rtx: parity"].startswith("not run: name the checkpoint")
+    assert outcomes(Given(89, smallest_with_room().bundle))["tensorrt_rtx: parity"].startswith(
+        "not run: name the checkpoint"
+    )
     monkeypatch.setattr(pipeline, "_importable", lambda name: name == "onnxruntime")  # the package for CPUs
-    (outcome,) = [text for what, text in outcomes(Given(89, BASE.bundle)).items() if "build" not in what]
+    (outcome,) = [
+        text for what, text in outcomes(Given(89, smallest_with_room().bundle)).items() if "build" not in what
+    ]
     assert outcome.startswith("not run: ")
     monkeypatch.setattr(pipeline, "_importable", lambda name: False)
     assert outcomes(Given(89))["pipeline"].startswith("not run: none of tensorrt, ")
