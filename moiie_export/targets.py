@@ -106,12 +106,12 @@ BUILT_IN: Mapping[str, Target] = {
 """The targets that need no recipe, by name."""
 
 DIALECT_SMS: Mapping[Dialect, frozenset[int]] = {
-    "rtx": frozenset({75, 80, 86, 89, 120, 121}),
+    "rtx": frozenset({80, 86, 89, 120, 121}),
     "trt10": frozenset({75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
     "trt11": frozenset({75, 80, 86, 89, 90, 100, 103, 120, 121}),
 }
-"""GPUs that each dialect's library builds for: rtx found by building with 1.7.1, the others expected from NVIDIA's documents.
-JetPack (87, 110) has TensorRT 10 only."""
+"""GPUs that each dialect's library builds for: rtx found by building with 1.7.1, which has no float32 products for SM 75, as
+the router has them; the others expected from NVIDIA's documents. JetPack (87, 110) has TensorRT 10 only."""
 
 OLDEST_SMS: Mapping[str, int] = {"int4": 80, "fp8": 89, "w8a8": 75}
 """Format of weights -> oldest GPU whose arithmetic has it in TensorRT; below SM 89 it builds nothing that holds E4M3."""

@@ -16,7 +16,12 @@ def command_lines(bundle: Bundle, target: Target, specs: list[EngineSpec]) -> It
     """
     for spec in specs:
         shapes = [_profile_shapes(bundle, target, spec, which) for which in range(3)]
-        if target.backend == "tensorrt_rtx":
+        plugins = (
+            target.plugins == "required" and bundle.model.moe is not None and spec.component.startswith("decoder_")
+        )
+        if target.backend == "tensorrt_rtx" and plugins:
+            yield f"# {spec.component}: Polygraphy finds none of our plugins for RTX; only `moiie build` builds it"
+        elif target.backend == "tensorrt_rtx":
             yield _polygraphy(target, spec, shapes)
         else:
             yield _trtexec(target, spec, shapes)
@@ -49,9 +54,11 @@ def _polygraphy(target: Target, spec: EngineSpec, shapes: list[list[dict[str, li
 
 def _trtexec(target: Target, spec: EngineSpec, shapes: list[list[dict[str, list[int]]]]) -> str:
     words = ["trtexec", f"--onnx=graphs/{spec.component}.onnx", f"--saveEngine={spec.file}", "--stronglyTyped"]
+    words.append("--timingCacheFile=timing.cache")
     if target.plugins != "off":
-        flag = "--setPluginsToSerialize" if target.embed_plugins else "--dynamicPlugins"
-        words.append(f"{flag}=libmoiie_plugins.so")
+        words.append("--dynamicPlugins=libmoiie_plugins.so")
+        words += ["--setPluginsToSerialize=libmoiie_plugins.so"] if target.embed_plugins else []
+        words += ["--preview=+aliasedPluginIO1003"] if target.dialect == "trt10" else []
     for profile in range(len(spec.profiles)):
         if not shapes[0][profile]:
             continue

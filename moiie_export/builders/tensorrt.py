@@ -21,9 +21,10 @@ from moiie_export.builders.floors import cuda_floor
 from moiie_export.builders.library import Library, installed_version, load_library
 from moiie_export.builders.output import describe, finished, write_output
 from moiie_export.builders.plan_file import read_header
+from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
 from moiie_export.disk import copy_file
 from moiie_export.stages import Progress
-from moiie_export.targets import OLDEST_SMS, Target
+from moiie_export.targets import DIALECT_SMS, Target
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.strict_files import sha256_file
@@ -53,12 +54,14 @@ def build_engines(request: BuildRequest, progress: Progress) -> BuildResult:
     """
     bundle = Bundle.open(request.bundle)
     bundle.check_files()
+    request = _with_plugins(request)
+    check_sms(request.target)
     library = load_library(request.target.backend)
     request = replace(request, target=replace(request.target, sms=supported_sms(library, request.target)))
-    _check_formats(bundle, request.target)
+    check_formats(bundle, request.target)
     specs = engine_specs(bundle, request.target)
     _check_memory(request, specs)
-    plugins = _plugin_library(request, bundle)
+    plugins = plugin_library(request, bundle)
     head = _head(request, bundle, library.version, plugins)
     done = None if request.force else finished(request, head)
     if done is not None:
@@ -70,11 +73,20 @@ def build_engines(request: BuildRequest, progress: Progress) -> BuildResult:
 def plan_engines(request: BuildRequest) -> BuildPlan:
     """What `build_engines` would do; TensorRT itself is not loaded."""
     bundle = Bundle.open(request.bundle)
+    request = _with_plugins(request)
+    check_sms(request.target)
+    # Full TensorRT builds for the GPU that it finds on the device, which is not known here.
+    check_formats(bundle, replace(request.target, sms=()) if request.target.expected else request.target)
     specs = engine_specs(bundle, request.target)
     version = installed_version(request.target.backend)
-    given = request.plugin_library if request.plugin_library and request.plugin_library.is_file() else None
-    head = _head(request, bundle, version or "", None if request.target.plugins == "off" else given)
-    notes = [] if version else [f"{request.target.backend} is not installed here"]
+    plugins, notes = None, [] if version else [f"{request.target.backend} is not installed here"]
+    try:
+        plugins = plugin_library(request, bundle)
+    except MissingDependency as error:
+        if request.plugin_library is not None:
+            raise
+        notes.append(f"{error.message}: {error.hint}")
+    head = _head(request, bundle, version or "", plugins)
     for spec in specs:
         sizes = f"{spec.constants / 2**20:.1f} MiB of constants, {spec.banks / 2**20:.1f} MiB of experts as inputs"
         notes.append(f"{spec.component}: profiles {', '.join(each.name for each in spec.profiles)}; {sizes}")
@@ -94,9 +106,10 @@ def supported_sms(library: Library, target: Target) -> tuple[int, ...]:
         MissingDependency: one of the target's is not supported, or full TensorRT finds no GPU of the target here.
     """
     if library.sms:
-        wrong = [sm for sm in target.sms if sm not in library.sms]
+        built = set(library.sms) & DIALECT_SMS[target.dialect]
+        wrong = [sm for sm in target.sms if sm not in built]
         if wrong:
-            known = ", ".join(str(sm) for sm in sorted(library.sms))
+            known = ", ".join(str(sm) for sm in sorted(built))
             raise MissingDependency(
                 f"target {target.name}: {library.name} {library.version} does not build for SM {wrong[0]} (it does for {known})",
                 "choose others with --sm, or a target of full TensorRT, which builds on the device itself",
@@ -111,18 +124,6 @@ def supported_sms(library: Library, target: Target) -> tuple[int, ...]:
             "copy the bundle to the device and build it there",
         )
     return (here,)
-
-
-def _check_formats(bundle: Bundle, target: Target) -> None:
-    """Refuse what a GPU of the target has no arithmetic for; the library would say so of a node, after minutes."""
-    for form in sorted({*bundle.quantization.values()}):
-        older = [sm for sm in target.sms if sm < OLDEST_SMS.get(form, 0)]
-        if older:
-            raise MissingDependency(
-                f"target {target.name}: the bundle holds {form} weights, which need SM {OLDEST_SMS[form]} or above, "
-                f"not SM {older[0]}",
-                "leave the older GPUs out with --sm, or export with int8 or int4 in the recipe's rules",
-            )
 
 
 @dataclass
@@ -269,21 +270,11 @@ def _check_header(path: Path, library: Library, target: Target) -> None:
         )
 
 
-def _plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
-    """The plugin library, when the target uses one and the bundle has something for it."""
-    target = request.target
-    if target.plugins == "off" or (target.plugins == "optional" and request.plugin_library is None):
-        return None
-    if request.plugin_library is not None:
-        if not request.plugin_library.is_file():
-            raise MissingDependency(f"{request.plugin_library}: no such plugin library", "moiie plugins build")
-        return request.plugin_library
-    if bundle.model.moe is None and target.dialect != "trt10":
-        return None
-    raise MissingDependency(
-        f"target {target.name}: needs the plugin library",
-        "build it with `moiie plugins build`, then give it with --plugins; or use a target with plugins: off",
-    )
+def _with_plugins(request: BuildRequest) -> BuildRequest:
+    """A library that is given is used: what is optional becomes part of the engine."""
+    if request.plugin_library is None or request.target.plugins != "optional":
+        return request
+    return replace(request, target=replace(request.target, plugins="required"))
 
 
 def _head(request: BuildRequest, bundle: Bundle, version: str, plugins: Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe
 PLUGIN_SMS = frozenset({80, 86, 87, 89, 90, 100, 110, 120})
 """GPUs with compiled kernels; others of the same generation run those of a lower number."""
 
-MAX_TOP_K, MAX_PLUGIN_EXPERTS, MAX_HEAD_DIM = 3840, 64, 256
+MAX_TOP_K, MAX_PLUGIN_EXPERTS, MAX_HEAD_DIM, MAX_PLUGIN_HEAD_DIM = 3840, 64, 256, 128
 FLOAT32_OPS = frozenset({"router", "deformable_sample"})
 """Computed in float32 in every precision."""
 
@@ -165,7 +165,10 @@ def _native_attention(use: OpUse) -> Lowering:
 
 def _decode_attention(use: OpUse, target: Target) -> Lowering:
     if target.dialect == "trt10" and target.plugins == "required":
-        return Lowering("plugin DecodeAttention", "one pass over the keys", refused=_half_only(target))
+        size = use.size("head_dim")
+        wide = f"head size {size}: the plugin DecodeAttention takes at most {MAX_PLUGIN_HEAD_DIM}"
+        refused = wide if size > MAX_PLUGIN_HEAD_DIM else _half_only(target)
+        return Lowering("plugin DecodeAttention", "one pass over the keys", refused=refused)
     return _prefill_attention(use, target)
 
 
@@ -201,7 +204,11 @@ def _experts(use: OpUse, target: Target) -> Lowering:
 def _refused_experts(use: OpUse, target: Target) -> str:
     """Why there is no form for these experts; empty when there is one."""
     if target.plugins != "required":
-        return "" if use.format == "plain" else "quantised experts need the plugin library (plugins: required)"
+        return (
+            ""
+            if use.format == "plain"
+            else "quantised experts need the plugin library (plugins: required, or build with --plugins)"
+        )
     if use.size("experts") > MAX_PLUGIN_EXPERTS:
         return f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}"
     if use.format == "w8a8":

@@ -152,21 +152,35 @@ def _show(
         click.echo(report.summary())
     written = _write(report.to_dict(), **outputs)
     if not report:
-        first = report.first_failure
         bundle, checkpoint, target = compared
-        hint = "export the bundle again from this checkpoint; if it still differs, the difference begins at that check"
-        if first is not None and first.stage == "files":
-            hint = "copy the bundle again, or write it again with `moiie export`"
-        elif target is not None:
-            hint = (
-                f"compare the bundle itself, without --target; if that holds, moiie parity {bundle} --bisect --target "
-                f"{target} names the first node that differs"
-            )
+        finding, hint = _finding(report, bundle, checkpoint, target)
         more = f"; see {written}" if written else ""
         form = "" if target is None else f" as built for {target}"
-        raise Unsound(f"{bundle}{form} is not the model of {checkpoint}: {report.verdict()}{more}", hint)
+        raise Unsound(f"{bundle}{form} {finding}: {report.verdict()}{more}", hint)
     if written:
         note(f"written: {written}")
+
+
+def _finding(report: Report, bundle: Path, checkpoint: Path, target: str | None) -> tuple[str, str]:
+    """What a report that failed says of a bundle, and what to do."""
+    from moiie_export.parity.report import COARSE
+
+    if all(each.stage in COARSE for each in report.failures):  # it computes what is stored; that is too coarse
+        return (
+            f"differs from {checkpoint} by more than its recipe allows",
+            "give more bits, or awq or gptq, to what matters most (quantization.rules), or allow more (parity.bounds)",
+        )
+    wrong = f"is not the model of {checkpoint}"
+    if report.failures[0].stage == "files":
+        return wrong, "copy the bundle again, or write it again with `moiie export`"
+    if target is not None:
+        return wrong, (
+            f"compare the bundle itself, without --target; if that holds, moiie parity {bundle} --bisect --target "
+            f"{target} names the first node that differs"
+        )
+    return wrong, (
+        "export the bundle again from this checkpoint; if it still differs, the difference begins at that check"
+    )
 
 
 def _write(document: dict[str, Any], page: Path | None, pictures: Path | None) -> str:

@@ -160,14 +160,14 @@ class _Pattern:
         start, stop: the second repetition.
         carried: values made before it that come from the copy before in a copy -> what stands for them there.
         shared: values made before it that every copy reads.
-        moved: initialisers and inputs that belong to its layers.
+        moved: initialisers and inputs that belong to its layers, in the order in which they are read.
     """
 
     start: int
     stop: int
     carried: dict[ir.Value, ir.Value] = field(default_factory=dict)
     shared: set[ir.Value] = field(default_factory=set)
-    moved: set[ir.Value] = field(default_factory=set)
+    moved: dict[ir.Value, None] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -191,7 +191,7 @@ def _compare(nodes: Sequence[ir.Node], starts: Sequence[int], stack: Stack) -> _
         if index < 0:
             if one is other:
                 return stack.moved(str(one.name), 1) == one.name
-            pattern.moved.add(one)
+            pattern.moved[one] = None
             return other not in place and other.name == stack.moved(str(one.name), stack.period)
         if one is other:
             pattern.shared.add(one)

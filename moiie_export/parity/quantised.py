@@ -14,7 +14,7 @@ from moiie_export.model.prompts import Asked, decoder_rows, lay_out_questions
 from moiie_export.parity.cases import Question
 from moiie_export.parity.measure import MODALITIES
 from moiie_export.parity.metrics import error, same_experts
-from moiie_export.parity.report import Check, judge
+from moiie_export.parity.report import COARSE, Check, judge
 from moiie_export.parity.stored import StoredWeights
 from moiie_export.recipe_parity import BoundsByDtype, QuantizedBounds
 from moiie_export.source import ModelSource
@@ -83,10 +83,8 @@ def _answers(
         value = error(found.logits, wanted.logits).value
         same = found.logits.argmax(axis=1) == wanted.logits.argmax(axis=1)
         note = f"{int(same.sum())} of {len(same)} positions" if not same.all() else ""
-        checks.append(judge("quantised logits", "error", value, bounds.logits_error, **place))
-        checks.append(
-            judge("quantised best token", "agreement", float(same.mean()), bounds.top1_agreement, note=note, **place)
-        )
+        checks.append(judge(COARSE[0], "error", value, bounds.logits_error, **place))
+        checks.append(judge(COARSE[1], "agreement", float(same.mean()), bounds.top1_agreement, note=note, **place))
         cases.append({"case": each.name, "logits_error": value, "top1_agreement": float(same.mean())})
     return checks, cases
 
@@ -118,4 +116,4 @@ def _routing_check(
     share = same / tokens
     note = f"lowest in layer {worst}: {shares[worst]:.3f}" if share < 1 else ""
     place: dict[str, Any] = {"where": modality, "note": note}
-    return [judge("quantised routing", "agreement", share, bounds.routing_agreement, **place)]
+    return [judge(COARSE[2], "agreement", share, bounds.routing_agreement, **place)]

@@ -97,6 +97,10 @@ NOTICED = ("tie share",)
 _VERBS = {"finite": "fails", "ties": "are too many"}
 
 
+COARSE = ("quantised logits", "quantised best token", "quantised routing")
+"""Stages that say what quantisation costs; what the graphs make of the stored numbers is judged by the others."""
+
+
 def judge(stage: str, metric: str, value: float, bound: float, **place: Any) -> Check:
     """A check of a number against its bound. NaN never passes."""
     passed = value >= bound if metric in SMALLEST else value <= bound

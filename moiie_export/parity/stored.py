@@ -45,6 +45,8 @@ class StoredWeights:
         self.file = TensorFile(bundle.path(WEIGHTS_FILE))
         section = bundle.raw.get("quantization")
         self._section: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
+        recipe = bundle.raw.get("recipe")
+        self._recipe: Mapping[str, Any] = recipe if isinstance(recipe, Mapping) else {}
         self.schemes = {name: self._scheme(name, entry, bundle.root) for name, entry in self._entries().items()}
         self.folding = self._folding()
         self.factors = {fold.tensor: self.file[fold.tensor] for fold in self.folding.folds}
@@ -63,7 +65,8 @@ class StoredWeights:
     @property
     def mixed(self) -> bool:
         """Whether weights may be stored otherwise than the bundle's dtype says."""
-        return bool(self._section)
+        recipe = self._recipe.get("quantization")
+        return bool(self._section) or (isinstance(recipe, Mapping) and bool(recipe.get("rules")))
 
     def parameter_schemes(self) -> dict[str, Scheme]:
         """Model parameter -> its form, of those that are quantised."""

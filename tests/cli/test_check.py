@@ -27,7 +27,7 @@ def test_a_small_model_is_supported_everywhere(moiie: Any, target: str) -> None:
 def test_a_gpu_that_the_library_does_not_know_exits_3(moiie: Any) -> None:
     result = moiie("check", CHECKPOINT, "-t", "rtx", "--sm", "87,89")
     assert result.code == 3
-    assert "not on SM 87: tensorrt_rtx builds for 75, 80, 86, 89, 120, 121" in result.error
+    assert "not on SM 87: tensorrt_rtx builds for 80, 86, 89, 120, 121" in result.error
     assert "NO  " in result.out
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from moiie_export.cli.parity import _finding
 from moiie_export.parity.report import Report, judge
 from moiie_export.report import render
 from tests.cli.conftest import Moiie
@@ -147,3 +150,22 @@ def test_ranges_name_the_islands_for_a_recipe(
     assert f"export:\n  islands:\n    - {name}\n" in result.out
     assert "overflows" in result.out
     assert "made-up" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("stages", "target", "finding", "hint"),
+    [
+        (["files", "logits"], None, "is not the model of", "copy the bundle again"),
+        (["logits"], None, "is not the model of", "export the bundle again"),
+        (["logits"], "rtx", "is not the model of", "--bisect --target rtx"),
+        (["quantised logits", "quantised routing"], None, "more than its recipe allows", "parity.bounds"),
+        (["quantised logits"], "cpu", "more than its recipe allows", "quantization.rules"),
+        (["quantised weights"], None, "is not the model of", "export the bundle again"),
+        (["quantised logits", "logits"], None, "is not the model of", "export the bundle again"),
+    ],
+)
+def test_the_hint_is_about_what_failed(stages: list[str], target: str | None, finding: str, hint: str) -> None:
+    report: Any = SimpleNamespace(failures=[SimpleNamespace(stage=stage) for stage in stages])
+    found = _finding(report, Path("a.bundle"), Path("a"), target)
+    assert finding in found[0]
+    assert hint in found[1]

@@ -22,6 +22,8 @@ from tests.mome_golden import MomeCase, mome_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CAPACITY = 32
+kept_alive: list[ir.Model] = []
+"""So that the next one lies at other addresses."""
 
 
 def moiie(layers: int, period: int) -> Any:
@@ -98,6 +100,19 @@ def test_it_is_the_graph_of_all_layers(config: Any, name: str, stack: Stack, mon
     deep = text_of(trace(component, model))
     assert len(traced) == 1, "the first layers, once"
     assert deep == text_of(_trace(component, component.module(model_of(config)).eval()))
+
+
+def test_it_is_the_same_every_time() -> None:
+    """Sets of values are in the order of their addresses; the file must not be."""
+    component = component_of(moiie(5, 1), "vision_encoder")
+    kept = []
+    for _ in range(3):
+        model = trace(component, model_of(moiie(5, 1)))
+        names = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+        nodes = [(node.name, [value.name for value in node.outputs]) for node in model.graph]
+        kept.append((list(model.graph.initializers), names, nodes))
+        kept_alive.append(model)
+    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.mark.parametrize("layers", [(1, 3, 5), (1, 3, 5, 6), (0, 1, 2, 3, 4, 5, 6)], ids=str)

@@ -13,8 +13,11 @@ import onnx
 import pytest
 
 from moiie_export.parity import Report, check_parity
-from moiie_export.parity.weights import SCALE_FACTOR
+from moiie_export.parity.stored import StoredWeights
+from moiie_export.parity.weights import SCALE_FACTOR, check_weights
 from moiie_export.report.page import render
+from moiie_export.source import ModelSource
+from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MoiieError, Unsound
 from moiie_runtime.tensors import read_header
 from tests.exports import Exported, exported
@@ -185,3 +188,15 @@ def test_a_float_bundle_says_nothing_of_quantisation() -> None:
     assert report, report.summary()
     assert not any("quantised" in check.stage or check.stage == "stored scales" for check in report.checks)
     assert "quantisation" not in report.to_dict()
+
+
+@pytest.mark.parametrize(("storage", "other"), [("float16", "float32"), ("float32", "float16")])
+def test_rules_that_only_choose_between_floats(storage: Any, other: str) -> None:
+    rules = [{"match": ("decoder.layers.0.*",), "format": other}]
+    made = exported(SETTINGS, storage, max_context=CONTEXT, rules=rules)
+    header = read_header(made.bundle / WEIGHTS)
+    assert {info.dtype for name, info in header.items() if name.startswith("decoder.layers.")} == {"F32", "F16"}
+    with ModelSource.open(made.checkpoint) as source, StoredWeights(Bundle.open(made.bundle), source) as stored:
+        assert stored.mixed
+        assert not stored.schemes
+        assert all(check.passed for check in check_weights(stored, source, storage, made.recipe.parity.bounds))

@@ -1,0 +1,98 @@
+"""What a bundle's weights ask of a TensorRT target, and of the plugin library: told before anything is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from moiie_export.builders import BuildRequest
+from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe
+from moiie_runtime.bundle import Bundle
+from moiie_runtime.errors import MissingDependency
+
+_EXPERTS = ".experts."
+
+
+def check_sms(target: Target) -> None:
+    """Refuse GPUs that the target's library does not build for.
+
+    Raises:
+        MissingDependency: naming one, and those there are.
+    """
+    known = DIALECT_SMS[target.dialect]
+    unknown = [sm for sm in target.sms if sm not in known]
+    if unknown:
+        raise MissingDependency(
+            f"target {target.name}: {target.backend} does not build for SM {unknown[0]} "
+            f"(it does for {', '.join(map(str, sorted(known)))})",
+            "choose others with --sm, or a target of full TensorRT, which builds on the device itself",
+        )
+
+
+def check_formats(bundle: Bundle, target: Target) -> None:
+    """Refuse what a GPU of the target has no arithmetic for; the library would say so of a node, after minutes.
+
+    Raises:
+        MissingDependency: an SM is too old, or quantised experts have no plugins.
+    """
+    for form in sorted({*bundle.quantization.values()}):
+        older = [sm for sm in target.sms if sm < OLDEST_SMS.get(form, 0)]
+        if older:
+            raise MissingDependency(
+                f"target {target.name}: the bundle holds {form} weights, which need SM {OLDEST_SMS[form]} or above, "
+                f"not SM {older[0]}",
+                "leave the older GPUs out with --sm, or export with int8 or int4 in the recipe's rules",
+            )
+    experts = sorted({form for name, form in bundle.quantization.items() if _EXPERTS in name})
+    if experts and target.plugins != "required" and not has_native_moe(target):
+        raise MissingDependency(
+            f"target {target.name}: the bundle's experts are stored as {experts[0]}, which only the plugin library computes",
+            "build it with `moiie plugins build`, then give it with --plugins; or export the experts as float16",
+        )
+
+
+def plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
+    """The plugin library, when the target uses one and the bundle has something for it.
+
+    Raises:
+        MissingDependency: there is none, or it has no kernels for a GPU of the target.
+    """
+    target, given = request.target, request.plugin_library
+    if target.plugins == "off" or (target.plugins == "optional" and given is None):
+        return None
+    if given is not None:
+        if not given.is_file():
+            raise MissingDependency(f"{given}: no such plugin library", "moiie plugins build")
+        _check_kernels(given, target)
+        return given
+    if bundle.model.moe is None and target.dialect != "trt10":
+        return None
+    raise MissingDependency(
+        f"target {target.name}: needs the plugin library",
+        "build it with `moiie plugins build`, then give it with --plugins; or use a target with plugins: off",
+    )
+
+
+def _check_kernels(library: Path, target: Target) -> None:
+    """What `moiie plugins build` wrote beside a library says which GPUs it has kernels for; without that nothing is known."""
+    beside = library.with_suffix(".json")
+    if not beside.is_file():
+        return
+    try:
+        about = json.loads(beside.read_text(encoding="utf-8"))
+        compiled = [int(sm) for sm in about["sms"]]
+        portable = [int(key.split()[0]) for key in about["ptx_isa"] if key.endswith(" ptx")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    lost = [sm for sm in target.sms if not runs_kernels(sm, compiled, portable)]
+    if lost:
+        raise MissingDependency(
+            f"{library}: holds kernels for SM {', '.join(map(str, sorted(compiled)))}, target {target.name} wants {lost[0]}",
+            f"moiie plugins build --sm {','.join(map(str, sorted({*compiled, *lost})))}",
+        )
+
+
+def runs_kernels(sm: int, compiled: Sequence[int], portable: Sequence[int]) -> bool:
+    """Whether a GPU runs one of these kernels: those of its generation that are not newer, and PTX that is not."""
+    return any(each // 10 == sm // 10 and each <= sm for each in compiled) or any(each <= sm for each in portable)

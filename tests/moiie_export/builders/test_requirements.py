@@ -1,0 +1,128 @@
+"""What a bundle asks of a target is refused before anything is built, by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moiie_export.builders import BuildRequest
+from moiie_export.builders.command_lines import command_lines
+from moiie_export.builders.engine_specs import EngineSpec, Profile
+from moiie_export.builders.requirements import check_formats, check_sms, plugin_library, runs_kernels
+from moiie_export.builders.tensorrt import _with_plugins
+from moiie_export.check.model_ops import OpUse
+from moiie_export.check.support import MAX_PLUGIN_HEAD_DIM, judge
+from moiie_export.targets import BUILT_IN
+from moiie_runtime.errors import MissingDependency
+from tests.conftest import ROOT
+
+RTX, ORIN, SERVER = (BUILT_IN[name] for name in ("rtx", "orin", "server"))
+
+
+def bundle(**quantization: str) -> Any:
+    """As far as it matters: a mixture of experts with weights stored like this; `experts` stands for one of theirs."""
+    names = {"experts": "decoder.layers.1.mlp.experts.0.gate_up_proj.weight"}
+    stored = {names.get(key, key): form for key, form in quantization.items()}
+    return SimpleNamespace(quantization=stored, model=SimpleNamespace(moe=object()), components={})
+
+
+@pytest.mark.parametrize(("target", "sm"), [(RTX, 75), (RTX, 87), (ORIN, 99), (SERVER, 87)], ids=str)
+def test_gpus_that_a_library_does_not_build_for(target: Any, sm: int) -> None:
+    check_sms(target)
+    with pytest.raises(MissingDependency, match=f"does not build for SM {sm} .it does for") as caught:
+        check_sms(replace(target, sms=(*target.sms, sm)))
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "fp8"])
+def test_quantised_experts_need_plugins(form: str) -> None:
+    target = replace(RTX, sms=(89,))
+    check_formats(bundle(**{"decoder.lm_head.weight": form}), target)
+    check_formats(bundle(experts=form), replace(target, plugins="required"))
+    for plugins in ("optional", "off"):
+        with pytest.raises(MissingDependency, match=f"experts are stored as {form}") as caught:
+            check_formats(bundle(experts=form), replace(target, plugins=plugins))
+        assert "--plugins" in str(caught.value.hint)
+
+
+def test_a_library_that_is_given_is_used(tmp_path: Path) -> None:
+    library = tmp_path / "libmoiie_plugins.so"
+    asked = BuildRequest(tmp_path, RTX, plugin_library=library)
+    assert _with_plugins(asked).target == replace(RTX, plugins="required")
+    for unchanged in (replace(asked, plugin_library=None), replace(asked, target=replace(RTX, plugins="off"))):
+        assert _with_plugins(unchanged) == unchanged
+
+
+def write_library(folder: Path, about: Any) -> Path:
+    library = folder / "libmoiie_plugins.so"
+    library.write_bytes(b"")
+    library.with_suffix(".json").write_text(about if isinstance(about, str) else json.dumps(about))
+    return library
+
+
+def test_a_library_without_kernels_for_the_gpu(tmp_path: Path) -> None:
+    library = write_library(tmp_path, {"sms": [87, 89], "ptx_isa": {"87": ["8.0"], "89": ["8.0"], "89 ptx": ["8.0"]}})
+    for sm, found in ((87, True), (89, True), (120, True), (86, False), (80, False)):
+        request = BuildRequest(tmp_path, replace(RTX, sms=(89, sm), plugins="required"), plugin_library=library)
+        if found:
+            assert plugin_library(request, bundle()) == library
+            continue
+        with pytest.raises(MissingDependency, match=rf"holds kernels for SM 87, 89, target rtx wants {sm}") as caught:
+            plugin_library(request, bundle())
+        assert caught.value.hint == f"moiie plugins build --sm {','.join(map(str, sorted((sm, 87, 89))))}"
+
+
+@pytest.mark.parametrize("about", ["", "[]", "{}", '{"sms": 3, "ptx_isa": {}}', '{"sms": ["x"], "ptx_isa": {}}'])
+def test_of_a_library_without_a_description_nothing_is_said(tmp_path: Path, about: str) -> None:
+    library = write_library(tmp_path, about)
+    request = BuildRequest(tmp_path, replace(RTX, plugins="required"), plugin_library=library)
+    assert plugin_library(request, bundle()) == library
+
+
+def test_kernels_of_a_generation_and_portable_ones() -> None:
+    cases: Mapping[tuple[int, tuple[int, ...], tuple[int, ...]], bool] = {
+        (86, (80,), ()): True,
+        (80, (86,), ()): False,
+        (90, (89,), ()): False,
+        (90, (), (89,)): True,
+        (86, (), (89,)): False,
+    }
+    for (sm, compiled, portable), wanted in cases.items():
+        assert runs_kernels(sm, compiled, portable) is wanted
+
+
+def test_command_lines_say_what_the_builder_does() -> None:
+    spec = EngineSpec("decoder_decode", (Profile("decode", {}),), 0, 0)
+    model = SimpleNamespace(
+        model=SimpleNamespace(moe=object()), components={"decoder_decode": SimpleNamespace(inputs={})}
+    )
+    (line,) = command_lines(model, ORIN, [spec])  # type: ignore[arg-type]
+    assert set(line.split()[1:]) == {
+        "--onnx=graphs/decoder_decode.onnx",
+        "--saveEngine=decoder_decode.engine",
+        "--stronglyTyped",
+        "--timingCacheFile=timing.cache",
+        "--dynamicPlugins=libmoiie_plugins.so",
+        "--setPluginsToSerialize=libmoiie_plugins.so",
+        "--preview=+aliasedPluginIO1003",
+    }
+    (plain,) = command_lines(model, RTX, [spec])  # type: ignore[arg-type]
+    assert "polygraphy convert graphs/decoder_decode.onnx" in plain
+    (none,) = command_lines(model, replace(RTX, plugins="required"), [spec])  # type: ignore[arg-type]
+    assert none.startswith("# decoder_decode: ")
+
+
+def test_check_knows_the_plugins_largest_head() -> None:
+    source = (ROOT / "plugins" / "src" / "ops" / "decode_attention.cpp").read_text(encoding="utf-8")
+    assert f"kLargestHeadSize = {MAX_PLUGIN_HEAD_DIM};" in source
+    for size, fits in ((64, True), (MAX_PLUGIN_HEAD_DIM, True), (192, False)):
+        shape = (("head_dim", size), ("heads", 8), ("kv_heads", 8), ("capacity", 64), ("window", 0))
+        row = judge(OpUse("decode_attention", "decoder", shape), ORIN)
+        assert row.supported is fits
+        assert fits or str(size) in row.reason
