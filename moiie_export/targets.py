@@ -91,6 +91,7 @@ BUILT_IN: Mapping[str, Target] = {
         ),
         _jetson("orin-nano", "Jetson Orin Nano 8 GB, JetPack 6", 87, 8),
         _jetson("orin-nx", "Jetson Orin NX 16 GB, JetPack 6", 87, 16),
+        _jetson("orin-32", "Jetson AGX Orin 32 GB, JetPack 6", 87, 32),
         _jetson("orin", "Jetson AGX Orin 64 GB, JetPack 6", 87, 64),
         _jetson("thor", "Jetson AGX Thor 128 GB, JetPack 7", 110, 128),
         Target(

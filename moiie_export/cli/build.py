@@ -32,7 +32,8 @@ Examples:
   moiie build moiie-phi3.bundle --target my-orin --recipe my.yaml --dry-run
 
 \b
-Built-in targets: cpu, ort-cuda, rtx, orin-nano, orin-nx, orin, thor, server.
+Built-in targets: cpu, ort-cuda, rtx, orin-nano, orin-nx, orin-32, orin,
+thor, server.
 A recipe adds others. The bundle itself stays as it is.
 """
 

@@ -11,7 +11,7 @@ from moiie_export import builders
 from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
 from tests.exports import SMALLEST, exported
 
-TARGETS = ("cpu", "ort-cuda", "rtx", "orin-nano", "orin-nx", "orin", "thor", "server")
+TARGETS = ("cpu", "ort-cuda", "rtx", "orin-nano", "orin-nx", "orin-32", "orin", "thor", "server")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,8 @@ from tests.plugins.interpreter import needs_triton
 ROOT = Path(__file__).parents[2]
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable}
+def _run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, **settings}
     environment.pop("TRITON_INTERPRET", None)
     script = ROOT / "tests" / "gpu" / "run.sh"
     return subprocess.run(
@@ -107,3 +108,25 @@ def test_without_a_gpu_it_says_so() -> None:
     done = _run()
     assert done.returncode == 4
     assert "--interpret" in done.stderr
+
+
+def test_wheels_may_come_in_parts(tmp_path: Path) -> None:
+    """As `split` makes them; they are unpacked once, all or nothing."""
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("library_in_parts/__init__.py", "x = 1\n" * 100)
+    data = (tmp_path / "a.whl").read_bytes()
+    (tmp_path / "a.whl").unlink()
+    missing = _run("--help", WHEEL_PARTS=str(tmp_path))
+    assert missing.returncode == 4
+    assert "no parts of a wheel" in missing.stderr
+    (tmp_path / "a.whl.aa").write_bytes(data[:100])
+    damaged = _run("--help", WHEEL_PARTS=str(tmp_path))
+    assert damaged.returncode == 4
+    assert "a.whl: parts are missing or damaged" in damaged.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["a.whl.aa"], "nothing half-made stays"
+    (tmp_path / "a.whl.ab").write_bytes(data[100:])
+    for _ in range(2):
+        assert _run("--help", WHEEL_PARTS=str(tmp_path)).returncode == 0
+        unpacked = tmp_path / "unpacked"
+        assert (unpacked / "library_in_parts" / "__init__.py").read_text().startswith("x = 1")
+        assert [each.name for each in unpacked.iterdir()] == ["library_in_parts"]

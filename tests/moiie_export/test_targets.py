@@ -21,8 +21,8 @@ def test_built_in_targets_are_consistent() -> None:
         assert set(target.sms) <= DIALECT_SMS.get(target.dialect, frozenset())
         assert bool(target.sms) == target.backend.startswith("tensorrt")
     assert set(BUILDERS) <= set(BACKENDS)
-    budgets = {name: BUILT_IN[name].memory for name in ("orin-nano", "orin-nx", "orin", "thor")}
-    assert budgets == {"orin-nano": 8 * 10**9, "orin-nx": 16 * 10**9, "orin": 64 * 10**9, "thor": 128 * 10**9}
+    gigabytes = {"orin-nano": 8, "orin-nx": 16, "orin-32": 32, "orin": 64, "thor": 128}
+    assert {name: BUILT_IN[name].memory for name in gigabytes} == {name: n * 10**9 for name, n in gigabytes.items()}
 
 
 def test_a_section_changes_what_it_names_and_nothing_else() -> None:
