@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -121,6 +121,11 @@ NATIVE_MOE_SMS = frozenset({100, 103})
 """GPUs for which TensorRT 11 has a layer for experts, by NVIDIA's documents."""
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def runs_kernels(sm: int, compiled: Iterable[int], portable: Iterable[int] = ()) -> bool:
+    """Whether a GPU runs one of these kernels: those of its generation that are not newer, and PTX that is not."""
+    return any(each // 10 == sm // 10 and each <= sm for each in compiled) or any(each <= sm for each in portable)
 
 
 def has_native_moe(target: Target) -> bool:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from moiie_export.builders import BuildRequest
-from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe
+from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe, runs_kernels
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.errors import MissingDependency
+from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.strict_files import read_json_object
 
 _EXPERTS = ".experts."
 
 
-def check_sms(target: Target) -> None:
+def check_sms(target: Target, builder: str = "", found: Collection[int] | None = None) -> None:
     """Refuse GPUs that the target's library does not build for.
+
+    Args:
+        target: what for.
+        builder: the library as it is installed; empty: whichever will be.
+        found: the GPUs that this one knows; None where it was not loaded.
 
     Raises:
         MissingDependency: naming one, and those there are.
     """
-    known = DIALECT_SMS[target.dialect]
+    known = DIALECT_SMS[target.dialect] if found is None else DIALECT_SMS[target.dialect].intersection(found)
     unknown = [sm for sm in target.sms if sm not in known]
     if unknown:
         raise MissingDependency(
-            f"target {target.name}: {target.backend} does not build for SM {unknown[0]} "
+            f"target {target.name}: {builder or target.backend} does not build for SM {unknown[0]} "
             f"(it does for {', '.join(map(str, sorted(known)))})",
             "choose others with --sm, or a target of full TensorRT, which builds on the device itself",
         )
@@ -80,10 +85,10 @@ def _check_kernels(library: Path, target: Target) -> None:
     if not beside.is_file():
         return
     try:
-        about = json.loads(beside.read_text(encoding="utf-8"))
+        about = read_json_object(beside, 1 << 20)
         compiled = [int(sm) for sm in about["sms"]]
         portable = [int(key.split()[0]) for key in about["ptx_isa"] if key.endswith(" ptx")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (MoiieError, ValueError, KeyError, TypeError, AttributeError):
         return
     lost = [sm for sm in target.sms if not runs_kernels(sm, compiled, portable)]
     if lost:
@@ -91,8 +96,3 @@ def _check_kernels(library: Path, target: Target) -> None:
             f"{library}: holds kernels for SM {', '.join(map(str, sorted(compiled)))}, target {target.name} wants {lost[0]}",
             f"moiie plugins build --sm {','.join(map(str, sorted({*compiled, *lost})))}",
         )
-
-
-def runs_kernels(sm: int, compiled: Sequence[int], portable: Sequence[int]) -> bool:
-    """Whether a GPU runs one of these kernels: those of its generation that are not newer, and PTX that is not."""
-    return any(each // 10 == sm // 10 and each <= sm for each in compiled) or any(each <= sm for each in portable)

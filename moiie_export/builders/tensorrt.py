@@ -24,7 +24,7 @@ from moiie_export.builders.plan_file import read_header
 from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
 from moiie_export.disk import copy_file
 from moiie_export.stages import Progress
-from moiie_export.targets import DIALECT_SMS, Target
+from moiie_export.targets import Target
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.strict_files import sha256_file
@@ -106,14 +106,7 @@ def supported_sms(library: Library, target: Target) -> tuple[int, ...]:
         MissingDependency: one of the target's is not supported, or full TensorRT finds no GPU of the target here.
     """
     if library.sms:
-        built = set(library.sms) & DIALECT_SMS[target.dialect]
-        wrong = [sm for sm in target.sms if sm not in built]
-        if wrong:
-            known = ", ".join(str(sm) for sm in sorted(built))
-            raise MissingDependency(
-                f"target {target.name}: {library.name} {library.version} does not build for SM {wrong[0]} (it does for {known})",
-                "choose others with --sm, or a target of full TensorRT, which builds on the device itself",
-            )
+        check_sms(target, f"{library.name} {library.version}", library.sms)
         return target.sms
     here = device_sm()
     if here is None or here not in target.sms:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moiie_export.check.cuda_support import cuda_lowering
 from moiie_export.check.model_ops import OpUse
-from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe
+from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe, runs_kernels
 
 PLUGIN_SMS = frozenset({80, 86, 87, 89, 90, 100, 110, 120})
 """GPUs with compiled kernels; others of the same generation run those of a lower number."""
@@ -213,7 +213,7 @@ def _refused_experts(use: OpUse, target: Target) -> str:
         return f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}"
     if use.format == "w8a8":
         return "the plugin has no w8a8 experts, whose activations would be rounded inside it: use fp8, int8 or int4"
-    lost = [sm for sm in target.sms if not any(sm // 10 == known // 10 and known <= sm for known in PLUGIN_SMS)]
+    lost = [sm for sm in target.sms if not runs_kernels(sm, PLUGIN_SMS)]
     return f"the plugin library has no kernels for SM {', '.join(map(str, lost))}" if lost else ""
 
 

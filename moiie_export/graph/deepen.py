@@ -257,13 +257,11 @@ class _Copies:
     def _rename_last(self, by: int) -> None:
         """The last layers of those traced are the last ones of all."""
         for name in [self._stack.moved(str(value.name), self._stack.period) for value in self._pattern.moved]:
-            value = self._graph.initializers.pop(name, None)
-            if value is None:
-                value = next(each for each in self._graph.inputs if each.name == name)
-                value.name = self._stack.moved(name, by)
-            else:
-                value.name = self._stack.moved(name, by)
-                self._graph.register_initializer(value)
+            parameter = self._graph.initializers.pop(name, None)
+            value = parameter or next(each for each in self._graph.inputs if each.name == name)
+            value.name = self._stack.moved(name, by)
+            if parameter is not None:
+                self._graph.register_initializer(parameter)
         for node in self._last:
             self._place(node, node, by)
             for value in node.outputs:

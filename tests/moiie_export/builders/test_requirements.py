@@ -14,11 +14,11 @@ import pytest
 from moiie_export.builders import BuildRequest
 from moiie_export.builders.command_lines import command_lines
 from moiie_export.builders.engine_specs import EngineSpec, Profile
-from moiie_export.builders.requirements import check_formats, check_sms, plugin_library, runs_kernels
+from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
 from moiie_export.builders.tensorrt import _with_plugins
 from moiie_export.check.model_ops import OpUse
 from moiie_export.check.support import MAX_PLUGIN_HEAD_DIM, judge
-from moiie_export.targets import BUILT_IN
+from moiie_export.targets import BUILT_IN, runs_kernels
 from moiie_runtime.errors import MissingDependency
 from tests.conftest import ROOT
 
