@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib
+import io
 import os
 import re
 from dataclasses import dataclass, field
@@ -141,6 +143,13 @@ def _check_fit(job: Job, metadata: Any) -> None:
         raise MoiieError(f"kernel {job.kernel.name} was compiled for clusters of {metadata.num_ctas} blocks")
 
 
+def _reason(error: Exception) -> str:
+    """The lines of a compiler's message that say what is wrong, each once; some print the whole program after them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [re.sub(r"^ptxas \S+, line \d+; error\s*: ", "", line) for line in lines if "error" in line.lower()]
+    return "; ".join(list(dict.fromkeys(telling or lines))[:3])
+
+
 def compile_job(job: Job) -> list[Image]:
     """Runs in a worker process."""
     import triton
@@ -170,9 +179,12 @@ def compile_job(job: Job) -> list[Image]:
     }
     source = ASTSource(function, signature, fixed, attributes)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=options)
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints a program that does not compile
+            compiled = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=options)
     except Exception as error:  # of Triton, of LLVM or of ptxas, each with classes of its own
-        raise MoiieError(f"kernel {kernel.name} does not compile for SM {job.sm}, {job.isa}: {error}") from None
+        raise MoiieError(
+            f"kernel {kernel.name} does not compile for SM {job.sm}, {job.isa}: {_reason(error)}"
+        ) from None
     _check_fit(job, compiled.metadata)
     ptx = compiled.asm["ptx"]
     extra = _extra_pointers(kernel, ptx_parameters(ptx), compiled.metadata)

@@ -17,7 +17,8 @@ BLOCK_M = 128
 SPLIT = 256
 """Slots of the cache that one program of decode_attention_split visits."""
 ALIGNMENT = 16
-"""H and I that are multiples of it let rows be read 16 bytes at a time."""
+"""H, I and D that are multiples of it let rows be read 16 bytes at a time."""
+_LENGTHS = ("H", "I", "D")
 BITS = {"float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}
 OLDEST_SM = {"fp8": 89}
 """Weights -> the first GPUs that convert them: neither Triton nor TensorRT has E4M3 for older ones."""
@@ -110,7 +111,7 @@ class Plan:
         """Whether sizes lie in the plan's range."""
         low, high = self.routes
         routes = symbols.get("routes", 0)
-        whole = all(symbols.get(name, 0) % ALIGNMENT == 0 for name in ("H", "I"))
+        whole = all(symbols.get(name, 0) % ALIGNMENT == 0 for name in _LENGTHS)
         return (not self.aligned or whole) and low <= routes and (high == -1 or routes <= high)
 
     @property
@@ -152,7 +153,7 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     "expert_prefill_gate_up": (
         "expert_prefill",
         """
-        hidden:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32* gate_up:byte*
+        hidden:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32* gate_up:word*
         gate_up_scales:scale* act=workspace.act:x*
         top_k:int32 hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
@@ -161,7 +162,7 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
         "expert_prefill",
         """
         act=workspace.act:x* order=workspace.order:int32* block_rows=workspace.block_rows:int32*
-        expert_weights:float32* down:byte* down_scales:scale* partial=workspace.partial:x*
+        expert_weights:float32* down:word* down_scales:scale* partial=workspace.partial:x*
         hidden_size=H:int32 intermediate=I:int32 group_shift:int32
         """,
     ),
@@ -193,11 +194,11 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     ),
 }
 """Function -> its module and its parameters: name, what is bound to it where that is called otherwise, type. x is the
-type of input 0; weights are 32-bit words or bytes where they are whole numbers."""
+type of input 0; weights are 32-bit words where they are whole numbers."""
 
-_INTEGERS = {"word": "int32", "byte": "int8", "scale": "float16"}
+_INTEGERS = {"word": "int32", "scale": "float16"}
 _STORED: Mapping[str, Mapping[str, str]] = {
-    "fp8": {"word": "float8_e4m3fn", "byte": "float8_e4m3fn", "scale": "float32"},
+    "fp8": {"word": "float8_e4m3fn", "scale": "float32"},
     "int8": _INTEGERS,
     "int4": _INTEGERS,
 }
@@ -206,7 +207,7 @@ _EXPERT_OPS = {"fp8": "Fp8ExpertDispatch", "int8": "QuantizedExpertDispatch", "i
 
 
 def _arguments(function: str, dtype: str, weights: str, fixed: Mapping[str, int | None]) -> tuple[Argument, ...]:
-    types = {"x": dtype, **_STORED.get(weights, {"word": weights, "byte": weights})}
+    types = {"x": dtype, **_STORED.get(weights, {"word": weights})}
     arguments = []
     for word in _FUNCTIONS[function][1].split():
         names, kind = word.split(":")
@@ -217,22 +218,19 @@ def _arguments(function: str, dtype: str, weights: str, fixed: Mapping[str, int 
     return tuple(arguments)
 
 
-def _kernel(function: str, dtype: str, weights: str = "", aligned: bool | None = None) -> Kernel:
+def _kernel(function: str, dtype: str, weights: str = "", *, aligned: bool = True) -> Kernel:
     fixed: dict[str, int | None] = {}
-    multiples: tuple[str, ...] = ()
     if weights:
         fixed["BITS"] = BITS[weights]
         if weights not in ("int8", "int4"):
             fixed["group_shift"] = 0
         if weights not in _STORED:
             fixed["gate_up_scales" if function.endswith("gate_up") else "down_scales"] = None
-        # Rows in groups are whole groups of 32 columns, so that they are aligned whatever their length.
-        multiples = ("hidden_size", "intermediate") if aligned else ()
-    suffix = ".any" if aligned is False else ""
-    name = ".".join(part for part in (function, dtype, weights) if part) + suffix
-    module = _FUNCTIONS[function][0]
     arguments = _arguments(function, dtype, weights, fixed)
-    return Kernel(name, module, function, arguments, fixed, multiples, OLDEST_SM.get(weights, 0))
+    lengths = tuple(argument.name for argument in arguments if argument.binding in _LENGTHS)
+    multiples = lengths if aligned else ()
+    name = ".".join(part for part in (function, dtype, weights) if part) + (".any" if lengths and not aligned else "")
+    return Kernel(name, _FUNCTIONS[function][0], function, arguments, fixed, multiples, OLDEST_SM.get(weights, 0))
 
 
 def _axes(*axes: GridAxis) -> tuple[GridAxis, GridAxis, GridAxis]:
@@ -243,8 +241,11 @@ def _axes(*axes: GridAxis) -> tuple[GridAxis, GridAxis, GridAxis]:
 def _expert_plans(dtype: str, weights: str, aligned: bool | None) -> list[Plan]:
     op = _EXPERT_OPS.get(weights, "ExpertDispatch")
 
+    # Rows in groups are whole groups of 32 columns or more.
+    whole = aligned is not False
+
     def launch(function: str, *axes: GridAxis) -> Launch:
-        return Launch(_kernel(function, dtype, weights, aligned), _axes(*axes))
+        return Launch(_kernel(function, dtype, weights, aligned=whole), _axes(*axes))
 
     decode = Plan(
         op,
@@ -266,7 +267,7 @@ def _expert_plans(dtype: str, weights: str, aligned: bool | None) -> list[Plan]:
             Launch(_kernel("expert_route", ""), _axes(("n", 1))),
             launch("expert_prefill_gate_up", ("blocks", 1), ("I", "BLOCK_N")),
             launch("expert_prefill_down", ("blocks", 1), ("H", "BLOCK_N")),
-            Launch(_kernel("expert_combine", dtype), _axes(("T", 1), ("H", "BLOCK_N"))),
+            Launch(_kernel("expert_combine", dtype, aligned=whole), _axes(("T", 1), ("H", "BLOCK_N"))),
         ),
         aligned,
         (MAX_DECODE_ROUTES + 1, -1),
@@ -284,22 +285,31 @@ def _expert_plans(dtype: str, weights: str, aligned: bool | None) -> list[Plan]:
     return [decode, prefill]
 
 
-def _attention_plans(dtype: str) -> list[Plan]:
-    update = Launch(_kernel("kv_cache_update", dtype), _axes(("rows", 1)))
-    split = Launch(_kernel("decode_attention_split", dtype), _axes(("heads", 1), ("splits", 1), ("shared", "BLOCK_M")))
-    merge = Launch(_kernel("decode_attention_merge", dtype), _axes(("out_rows", 1)))
+def _attention_plans(dtype: str, *, aligned: bool) -> list[Plan]:
+    def launch(function: str, *axes: GridAxis) -> Launch:
+        return Launch(_kernel(function, dtype, aligned=aligned), _axes(*axes))
+
     attention = Plan(
         "DecodeAttention",
         dtype,
         "",
-        (split, merge),
+        (
+            launch("decode_attention_split", ("heads", 1), ("splits", 1), ("shared", "BLOCK_M")),
+            launch("decode_attention_merge", ("out_rows", 1)),
+        ),
+        aligned,
         symbols=(Symbol("splits", ("S", ""), (1, SPLIT - 1), SPLIT),),
         workspace=(
             Workspace("partial", ("out_rows", "splits", "D"), 4, "float32"),
             Workspace("stats", ("out_rows", "splits"), 8, "float32"),
         ),
     )
-    return [Plan("KVCacheUpdate", dtype, "", (update,)), attention]
+    return [Plan("KVCacheUpdate", dtype, "", (launch("kv_cache_update", ("rows", 1)),), aligned), attention]
+
+
+def _deformable_plan(dtype: str, *, aligned: bool) -> Plan:
+    kernel = _kernel("deformable_sample", dtype, aligned=aligned)
+    return Plan("DeformableSample", dtype, "", (Launch(kernel, _axes(("Q", "BLOCK_Q"), ("h", 1), ("n", 1))),), aligned)
 
 
 def plans() -> list[Plan]:
@@ -310,10 +320,9 @@ def plans() -> list[Plan]:
             found += _expert_plans(dtype, weights, True) + _expert_plans(dtype, weights, False)
         for weights in ("int8", "int4"):
             found += _expert_plans(dtype, weights, None)
-    found += _attention_plans("float16")
-    for dtype in ("float32", "float16"):
-        axes = _axes(("Q", "BLOCK_Q"), ("h", 1), ("n", 1))
-        found.append(Plan("DeformableSample", dtype, "", (Launch(_kernel("deformable_sample", dtype), axes),)))
+    for aligned in (True, False):
+        found += _attention_plans("float16", aligned=aligned)
+        found += [_deformable_plan(dtype, aligned=aligned) for dtype in ("float32", "float16")]
     return found
 
 

@@ -32,25 +32,27 @@ _SMALL = {
 }
 
 _DECODE = {
-    # About 16 KiB of weights in flight a program, from few enough registers for several programs an SM.
+    # 4 to 16 KiB of weights in flight a program, from few enough registers for several programs an SM. There are few
+    # programs of `down`, a token's hidden_size / 8: each reads more at once.
     ("expert_decode_gate_up", 16): _tile(4, BLOCK_N=8, BLOCK_K=512),
     ("expert_decode_gate_up", 8): _tile(4, BLOCK_N=8, BLOCK_K=512),
     ("expert_decode_gate_up", 4): _tile(4, BLOCK_N=8, BLOCK_K=1024),
     ("expert_decode_down", 16): _tile(4, BLOCK_N=8, BLOCK_K=1024),
-    ("expert_decode_down", 8): _tile(4, BLOCK_N=8, BLOCK_K=1024),
-    ("expert_decode_down", 4): _tile(4, BLOCK_N=8, BLOCK_K=1024),
+    ("expert_decode_down", 8): _tile(4, BLOCK_N=8, BLOCK_K=2048),
+    ("expert_decode_down", 4): _tile(4, BLOCK_N=8, BLOCK_K=2048),
 }
 
-_PREFILL_NARROW = {
-    "expert_prefill_gate_up": _tile(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
-    "expert_prefill_down": _tile(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
-}
+_GATE_UP, _DOWN = "expert_prefill_gate_up", "expert_prefill_down"
+_NARROW = _tile(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64)
+"""64 gate and 64 up rows: sums in 64 registers of a thread."""
+_PREFILL_SMALL = {_GATE_UP: _NARROW, _DOWN: _tile(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64)}
 """For GPUs with 99 KiB of shared memory a block, and Orin, which has few SMs."""
-
-_PREFILL_WIDE = {
-    "expert_prefill_gate_up": _tile(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
-    "expert_prefill_down": _tile(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+_PREFILL_LARGE = {
+    _GATE_UP: _tile(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+    _DOWN: _tile(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
 }
+_PREFILL_LARGE_UNPACKING = {**_PREFILL_LARGE, _GATE_UP: _NARROW}
+"""Unpacking weights and multiplying them alternate within a program, so that two must share an SM: 128 registers a thread."""
 
 
 def kernel_tile(function: str, bits: int, sm: int) -> Tile:
@@ -59,5 +61,6 @@ def kernel_tile(function: str, bits: int, sm: int) -> Tile:
         return _SMALL[function]
     if (function, bits) in _DECODE:
         return _DECODE[function, bits]
-    prefill = _PREFILL_WIDE if 90 <= sm < 120 else _PREFILL_NARROW
-    return prefill[function]
+    if not 90 <= sm < 120:
+        return _PREFILL_SMALL[function]
+    return (_PREFILL_LARGE if bits == 16 else _PREFILL_LARGE_UNPACKING)[function]

@@ -59,6 +59,7 @@ def decode_attention_split(
     first = split * SPLIT
     last = tl.minimum(tl.minimum(first + SPLIT, past + T), S)
     if (first < last) & ((window <= 0) | (last > past - window + 1)):
+        oldest_of_all = tl.min(tl.where(used, oldest, S))
         lane = tl.arange(0, BLOCK_D)
         inside = lane < D
         cell = head.to(tl.int64) * S * D
@@ -67,9 +68,10 @@ def decode_attention_split(
         for start in range(first, last, BLOCK_S):
             slot = start + tl.arange(0, BLOCK_S)
             place = cell + slot[:, None] * D + lane[None, :]
-            held = (slot < last)[:, None] & inside[None, :]
-            k = tl.load(key + place, mask=held, other=0.0)
-            v = tl.load(value + place, mask=held, other=0.0)
+            k = tl.load(key + place, mask=(slot < last)[:, None] & inside[None, :], other=0.0)
+            # What no token sees may be anything in the buffer, also NaN: such values are not read.
+            visible = (slot < last) & (slot >= oldest_of_all)
+            v = tl.load(value + place, mask=visible[:, None] & inside[None, :], other=0.0)
             score = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634)
             seen = (slot[None, :] <= position[:, None]) & (slot[None, :] >= oldest[:, None]) & (slot < last)[None, :]
             score = tl.where(seen, score, -float("inf"))
@@ -79,8 +81,6 @@ def decode_attention_split(
             share = tl.exp2(score - safe[:, None])
             shrink = tl.exp2(best - safe)
             weight = weight * shrink + tl.sum(share, axis=1)
-            # What no token sees may be anything in the buffer, also NaN: it is taken out of the values, too.
-            v = tl.where(held & (slot >= tl.min(tl.where(used, oldest, S)))[:, None], v, 0.0)
             total = total * shrink[:, None] + tl.dot(share.to(v.dtype), v)
             best = higher
         place = (row * splits + split)[:, None] * D + lane[None, :]

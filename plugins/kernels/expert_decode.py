@@ -3,9 +3,10 @@
 No permutation: a program reads the id of its route and multiplies the chosen expert's rows, so that only the selected
 experts are touched. Rows of one expert run at the same time (routes are the fastest grid axis) and meet in the cache.
 
-Quantised rows are read as 32-bit words. Nibble or byte p of a word becomes the float 1 + u / 2^BITS by shifting it to
-the top of a mantissa, u = q + 2^(BITS-1) being unsigned: a shift and one logical operation instead of a conversion.
-The sum of the offsets is subtracted once a word.
+Quantised rows are read as 32-bit words. A byte of a word becomes the float 1 + u / 256 by shifting it to the top of a
+mantissa, u = q + 128 being unsigned: a shift and one logical operation instead of a conversion. Of two nibbles the upper
+one becomes 1 + u / 16 and the lower one, by the same shift, 1 + u / 256, so that its x is multiplied by 16. The sum of the
+offsets is subtracted once a word.
 
 float8 rows are read as floats: GPUs that have the type convert it two numbers at a time. Their scale, one a row, is
 multiplied to the sum.
@@ -25,28 +26,38 @@ def _word_products(words, x, BITS: tl.constexpr, G: tl.constexpr):
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
         planes = (x0, x1, x2, x3)
-        offset = (x0 + x1) + (x2 + x3)
+        total = (-1.5 * ((x0 + x1) + (x2 + x3)))[None]
         flipped = words ^ -2139062144  # 0x80808080
+        for byte in tl.static_range(4):
+            # Byte `byte` to the top of the mantissa.
+            if byte < 2:
+                bits = flipped << (15 - 8 * byte)
+            else:
+                bits = flipped >> (8 * byte - 15)
+            bits = (bits & 0x7F8000) | 0x3F800000
+            total += bits.to(tl.float32, bitcast=True) * planes[byte][None]
+        return total
     else:
-        x04, x26 = tl.split(even.reshape(G, 4, 2, 2))
+        x04, x26 = tl.split((16.0 * even).reshape(G, 4, 2, 2))
         x15, x37 = tl.split(odd.reshape(G, 4, 2, 2))
         x0, x4 = tl.split(x04)
         x2, x6 = tl.split(x26)
         x1, x5 = tl.split(x15)
         x3, x7 = tl.split(x37)
-        planes = (x0, x1, x2, x3, x4, x5, x6, x7)
-        offset = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
+        lower, upper = (x0, x2, x4, x6), (x1, x3, x5, x7)
+        total = (-1.03125 * ((x0 + x2) + (x4 + x6)) - 1.5 * ((x1 + x3) + (x5 + x7)))[None]
         flipped = words ^ -2004318072  # 0x88888888
-    total = -1.5 * offset[None]
-    for field in tl.static_range(32 // BITS):
-        # Field `field` to the top of the mantissa.
-        if 23 - BITS - BITS * field >= 0:
-            bits = flipped << (23 - BITS - BITS * field)
-        else:
-            bits = flipped >> (BITS * field + BITS - 23)
-        bits = (bits & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000
-        total += bits.to(tl.float32, bitcast=True) * planes[field][None]
-    return total
+        for byte in tl.static_range(4):
+            # The upper nibble of byte `byte` to the top of the mantissa; the lower one stands behind it, 1 + u / 256.
+            if byte < 2:
+                bits = flipped << (15 - 8 * byte)
+            else:
+                bits = flipped >> (8 * byte - 15)
+            first = (bits & 0x078000) | 0x3F800000
+            second = (bits & 0x780000) | 0x3F800000
+            total += first.to(tl.float32, bitcast=True) * lower[byte][None]
+            total += second.to(tl.float32, bitcast=True) * upper[byte][None]
+        return total
 
 
 @triton.jit

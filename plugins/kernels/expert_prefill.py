@@ -4,6 +4,9 @@
 are not end at once, so that shapes, grids and workspaces depend on no data. Blocks are the fastest grid axis: the
 programs that run at the same time share a slice of weights.
 
+Only columns are masked. Lines behind a block's last route take the first token's values, rows behind a matrix' last one
+take that one's: what they give is never read, and a mask would cost every step of the loop.
+
 A route's weighted product is written to its own row and summed by a last kernel, choice by choice: the result is the
 same every time, which sums by atomics are not.
 """
@@ -11,50 +14,63 @@ same every time, which sums by atomics are not.
 import triton
 import triton.language as tl
 
+from moiie_plugins.kernels.packed import integers
 from moiie_plugins.kernels.products import dot
 from moiie_plugins.kernels.routing import bank_row
 
 
 @triton.jit
-def _weight_tile(
-    weights, scales, row_base, rows, valid, start, depth, group_shift, BITS: tl.constexpr, BLOCK_K: tl.constexpr, X
-):
-    """Columns start .. start + BLOCK_K of the rows row_base + rows as X values, [BLOCK_N, BLOCK_K], 0 outside.
-
-    A scale that a whole row shares is left to `_row_scaled`.
-    """
-    BLOCK_N: tl.constexpr = rows.shape[0]
-    index = row_base + rows
-    if weights.dtype.element_ty.is_floating():
-        column = start + tl.arange(0, BLOCK_K)
-        inside = valid[:, None] & (column < depth)[None, :]
-        # Every E4M3 number is one of either 16-bit type.
-        return tl.load(weights + index[:, None] * depth + column[None, :], mask=inside, other=0.0).to(X)
-    else:
-        G: tl.constexpr = BLOCK_K // 32
-        BYTES: tl.constexpr = 4 * BITS  # of 32 columns
-        groups = depth // 32
-        group = start // 32 + tl.arange(0, G)
-        inside = valid[:, None] & (group < groups)[None, :]
-        byte = group[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-        place = weights + (index * (groups * BYTES))[:, None, None] + byte[None]
-        packed = tl.load(place, mask=inside[:, :, None], other=0)
-        scale_place = scales + (index * (depth >> group_shift))[:, None] + ((group * 32) >> group_shift)[None, :]
-        scale = tl.load(scale_place, mask=inside, other=0.0).to(tl.float32)
-        if BITS == 8:
-            values = packed.to(tl.float32)
-        else:
-            low = ((packed << 4) >> 4).to(tl.float32)
-            values = tl.join(low, (packed >> 4).to(tl.float32)).reshape(BLOCK_N, G, 32)
-        return (values * scale[:, :, None]).to(X).reshape(BLOCK_N, BLOCK_K)
+def _scales(scales, rows, start, depth, group_shift, BLOCK_K: tl.constexpr):
+    """Of the 32 columns each from `start` on, [*, BLOCK_K / 32]; 0 behind the last."""
+    column = start + 32 * tl.arange(0, BLOCK_K // 32)
+    place = scales + (rows * (depth >> group_shift))[:, None] + (column >> group_shift)[None, :]
+    return tl.load(place, mask=(column < depth)[None, :], other=0.0)
 
 
 @triton.jit
-def _row_scaled(products, weights, scales, row_base, rows, valid):
-    """Products [*, BLOCK_N] with floats [BLOCK_N, *] times the scales of these rows, where floats have some."""
-    if weights.dtype.element_ty.is_floating() and scales is not None:
-        products *= tl.load(scales + row_base + rows, mask=valid, other=0.0)[None, :]
-    return products
+def _scaled(values, scale, X: tl.constexpr):
+    """Whole numbers [ROWS, BLOCK_K] in float16 times their scales [ROWS, BLOCK_K / 32], as X."""
+    ROWS: tl.constexpr = values.shape[0]
+    groups = values.reshape(ROWS, scale.shape[1], 32)
+    if tl.float16 == X:
+        product = groups * scale[:, :, None]
+    else:
+        product = (groups.to(tl.float32) * scale.to(tl.float32)[:, :, None]).to(X)
+    return product.reshape(ROWS, values.shape[1])
+
+
+@triton.jit
+def _products(x_lines, weights, scales, rows, depth, group_shift, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Lines of x times rows of a matrix [*, depth]: float32 [lines, rows].
+
+    Scales of groups are read a step ahead: they are too narrow for the asynchronous copies that the rest arrives by.
+    """
+    X: tl.constexpr = x_lines.dtype.element_ty
+    total = tl.zeros([x_lines.shape[0], rows.shape[0]], tl.float32)
+    if weights.dtype.element_ty.is_floating():
+        for start in range(0, depth, BLOCK_K):
+            column = start + tl.arange(0, BLOCK_K)
+            inside = (column < depth)[None, :]
+            x = tl.load(x_lines + column[None, :], mask=inside, other=0.0)
+            weight = tl.load(weights + rows[:, None] * depth + column[None, :], mask=inside, other=0.0)
+            # Every E4M3 number is one of either 16-bit type.
+            total = dot(x, tl.trans(weight.to(X)), total)
+        if scales is not None:
+            total *= tl.load(scales + rows)[None, :]
+    else:
+        WORDS: tl.constexpr = BLOCK_K * BITS // 32
+        row_words = depth // 32 * BITS
+        scale = _scales(scales, rows, 0, depth, group_shift, BLOCK_K)
+        for start in range(0, depth, BLOCK_K):
+            column = start + tl.arange(0, BLOCK_K)
+            x = tl.load(x_lines + column[None, :], mask=(column < depth)[None, :], other=0.0)
+            word = start // 32 * BITS + tl.arange(0, WORDS)
+            place = weights + rows[:, None] * row_words + word[None, :]
+            words = tl.load(place, mask=(word < row_words)[None, :], other=0)
+            following = _scales(scales, rows, start + BLOCK_K, depth, group_shift, BLOCK_K)
+            total = dot(x, tl.trans(_scaled(integers(words, BITS), scale, X)), total)
+            scale = following
+    return total
 
 
 @triton.jit
@@ -62,7 +78,7 @@ def expert_prefill_gate_up(
     hidden,  # [tokens, hidden_size]
     order,  # int32 [blocks * BLOCK_M]
     block_rows,  # int32 [blocks]
-    gate_up,  # [experts, 2 * intermediate, hidden_size], bytes where quantised
+    gate_up,  # [experts, 2 * intermediate, hidden_size], as 32-bit words where quantised
     gate_up_scales,
     act,  # [blocks * BLOCK_M, intermediate], out
     top_k,
@@ -74,45 +90,23 @@ def expert_prefill_gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """SwiGLU of the gate and up products of a block; grid (blocks, cdiv(intermediate, BLOCK_N))."""
-    X = hidden.dtype.element_ty
+    """SwiGLU of the gate and up products of a block; grid (blocks, cdiv(intermediate, BLOCK_N)).
+
+    One product gives both, gate and up rows by turns: a thread that has a gate value has its up value too.
+    """
     row = tl.load(block_rows + tl.program_id(0))
     if row >= 0:
-        lines = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        route = tl.load(order + lines)
-        used = route >= 0
-        x_lines = hidden + (tl.maximum(route, 0) // top_k).to(tl.int64)[:, None] * hidden_size
+        lines = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        token = tl.maximum(tl.load(order + lines), 0) // top_k
+        turn = tl.arange(0, 2 * BLOCK_N)
+        neuron = tl.minimum(tl.program_id(1) * BLOCK_N + turn // 2, intermediate - 1)
+        rows = row.to(tl.int64) * (2 * intermediate) + turn % 2 * intermediate + neuron
+        x_lines = hidden + token.to(tl.int64) * hidden_size
+        both = _products(x_lines, gate_up, gate_up_scales, rows, hidden_size, group_shift, BITS, BLOCK_K)
+        gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
+        value = (gate * tl.sigmoid(gate) * up).to(hidden.dtype.element_ty)
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = column < intermediate
-        gate_base = row.to(tl.int64) * (2 * intermediate)
-        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, hidden_size, BLOCK_K):
-            depth = start + tl.arange(0, BLOCK_K)
-            x = tl.load(x_lines + depth[None, :], mask=used[:, None] & (depth < hidden_size)[None, :], other=0.0)
-            w_gate = _weight_tile(
-                gate_up, gate_up_scales, gate_base, column, valid, start, hidden_size, group_shift, BITS, BLOCK_K, X
-            )
-            w_up = _weight_tile(
-                gate_up,
-                gate_up_scales,
-                gate_base + intermediate,
-                column,
-                valid,
-                start,
-                hidden_size,
-                group_shift,
-                BITS,
-                BLOCK_K,
-                X,
-            )
-            gate = dot(x, tl.trans(w_gate), gate)
-            up = dot(x, tl.trans(w_up), up)
-        gate = _row_scaled(gate, gate_up, gate_up_scales, gate_base, column, valid)
-        up = _row_scaled(up, gate_up, gate_up_scales, gate_base + intermediate, column, valid)
-        value = (gate * tl.sigmoid(gate) * up).to(X)
-        place = act + lines.to(tl.int64)[:, None] * intermediate + column[None, :]
-        tl.store(place, value, mask=used[:, None] & valid[None, :])
+        tl.store(act + lines * intermediate + column[None, :], value, mask=(column < intermediate)[None, :])
 
 
 @triton.jit
@@ -121,7 +115,7 @@ def expert_prefill_down(
     order,  # int32 [blocks * BLOCK_M]
     block_rows,  # int32 [blocks]
     expert_weights,  # float32 [routes]
-    down,  # [experts, hidden_size, intermediate], bytes where quantised
+    down,  # [experts, hidden_size, intermediate], as 32-bit words where quantised
     down_scales,
     partial,  # [routes, hidden_size], out
     hidden_size,
@@ -133,28 +127,18 @@ def expert_prefill_down(
     BLOCK_K: tl.constexpr,
 ):
     """The weighted down products of a block, each to its route's row; grid (blocks, cdiv(hidden_size, BLOCK_N))."""
-    X = act.dtype.element_ty
     row = tl.load(block_rows + tl.program_id(0))
     if row >= 0:
-        lines = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        lines = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = row.to(tl.int64) * hidden_size + tl.minimum(column, hidden_size - 1)
+        x_lines = act + lines * intermediate
+        total = _products(x_lines, down, down_scales, rows, intermediate, group_shift, BITS, BLOCK_K)
         route = tl.load(order + lines)
         used = route >= 0
-        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = column < hidden_size
-        base = row.to(tl.int64) * hidden_size
-        x_lines = act + lines.to(tl.int64)[:, None] * intermediate
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, intermediate, BLOCK_K):
-            depth = start + tl.arange(0, BLOCK_K)
-            x = tl.load(x_lines + depth[None, :], mask=used[:, None] & (depth < intermediate)[None, :], other=0.0)
-            weight = _weight_tile(
-                down, down_scales, base, column, valid, start, intermediate, group_shift, BITS, BLOCK_K, X
-            )
-            total = dot(x, tl.trans(weight), total)
-        total = _row_scaled(total, down, down_scales, base, column, valid)
-        total *= tl.load(expert_weights + route, mask=used, other=0.0)[:, None]
-        place = partial + tl.maximum(route, 0).to(tl.int64)[:, None] * hidden_size + column[None, :]
-        tl.store(place, total.to(X), mask=used[:, None] & valid[None, :])
+        total *= tl.load(expert_weights + route, mask=used, other=0.0)
+        place = partial + tl.maximum(route, 0).to(tl.int64) * hidden_size + column[None, :]
+        tl.store(place, total.to(partial.dtype.element_ty), mask=used & (column < hidden_size)[None, :])
 
 
 @triton.jit

@@ -25,8 +25,12 @@ int64_t or_zero(Values const& symbols, char const* name) {
 int64_t route_count(Values const& symbols) { return std::max<int64_t>(or_zero(symbols, "routes"), 1); }
 
 Aligned alignment(Values const& symbols) {
-    bool const whole = or_zero(symbols, "H") % kAlignedMultiple == 0 && or_zero(symbols, "I") % kAlignedMultiple == 0;
-    return whole ? Aligned::kYes : Aligned::kNo;
+    for (char const* const length : {"H", "I", "D"}) {
+        if (or_zero(symbols, length) % kAlignedMultiple != 0) {
+            return Aligned::kNo;
+        }
+    }
+    return Aligned::kYes;
 }
 
 bool is_for(Plan const& plan, Variant const& variant, Aligned aligned) {
