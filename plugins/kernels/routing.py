@@ -40,7 +40,9 @@ def expert_route(
 
     Every program counts for itself how many blocks the rows before it take, so that one launch without atomics is
     enough and the order is the same every time. Ascending routes keep what is contiguous contiguous: the rows of a
-    vision expert are a run of neighbouring tokens, and a block gathers them from neighbouring lines of memory.
+    vision expert are a run of neighbouring tokens, and a block gathers them from neighbouring lines of memory. A path of
+    its own for such runs would gain nothing: with lines that are known to be neighbours, the loop over columns compiles to
+    as many instructions as with gathered ones (SM 87, 90, 120).
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, CHUNK)
