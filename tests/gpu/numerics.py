@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -87,9 +88,10 @@ def ragged_outcomes(place: Place) -> Iterator[Outcome]:
 
 def attention_outcomes(place: Place) -> Iterator[Outcome]:
     """A cache that is updated in place, and attention to it."""
-    cases = [(4, 2, 1, 96, [70, 3], 0), (4, 4, 2, 64, [270, 9], 8)]
+    cases = [(4, 2, 1, 96, [70, 3], 0), (4, 4, 2, 64, [270, 9], 8), (2, 1, 1, 72, [9], 0)]
     if not place.toy:
         cases = [(32, 32, 1, 96, [3000, 17], 0), (32, 8, 1, 128, [4000, 2047], 2048), (32, 8, 4, 128, [1000, 0], 0)]
+        cases.append((16, 16, 1, 72, [1000, 3], 0))
     for heads, key_heads, tokens, size, past, window in cases:
         random = torch.Generator(place.device).manual_seed(heads + size)
         batch, capacity = len(past), max(past) + tokens + 7
@@ -118,8 +120,8 @@ def attention_outcomes(place: Place) -> Iterator[Outcome]:
 
 def sampling_outcomes(place: Place) -> Iterator[Outcome]:
     """Samples in and around maps."""
-    queries, heads, width = (19, 2, 24) if place.toy else (729, 16, 88)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
+    queries, heads, widths = (19, 2, (24, 32)) if place.toy else (256, 8, (128, 88))
+    for (dtype, bound), width in product(((torch.float32, 1e-5), (torch.float16, 1e-3)), widths):
         random = torch.Generator(place.device).manual_seed(width)
         value = torch.randn(2, 600, heads, width, generator=random, device=place.device).to(dtype)
         points = torch.rand(2, queries, heads, 4, 2, generator=random, device=place.device) * 30 - 3
@@ -129,7 +131,7 @@ def sampling_outcomes(place: Place) -> Iterator[Outcome]:
         out = torch.full((2, queries, heads * width), float("nan"), dtype=dtype, device=place.device)
         run("DeformableSample", tensors, out, {}, place.sm)
         expected = deformable_sample(*(tensor.double() for tensor in tensors.values()))
-        yield Outcome(f"deformable sampling, {str(dtype)[6:]}", relative_error(out, expected), bound)
+        yield Outcome(f"deformable sampling, heads of {width}, {str(dtype)[6:]}", relative_error(out, expected), bound)
 
 
 def outcomes(place: Place) -> Iterator[Outcome]:

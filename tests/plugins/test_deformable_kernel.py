@@ -14,8 +14,8 @@ pytestmark = needs_triton
 
 @pytest.mark.parametrize(
     ("dtype", "bound", "width"),
-    [(torch.float32, 1e-5, 12), (torch.float32, 1e-5, 70), (torch.float16, 1e-3, 12)],
-    ids=["float32", "float32-wide-heads", "float16"],
+    [(torch.float32, 1e-5, 12), (torch.float32, 1e-5, 70), (torch.float16, 1e-3, 12), (torch.float16, 1e-3, 32)],
+    ids=["float32", "float32-wide-heads", "float16", "float16-aligned"],
 )
 def test_samples(dtype: torch.dtype, bound: float, width: int) -> None:
     """Maps of different grids in one batch, points in and around them, padding of memory that is never read."""
