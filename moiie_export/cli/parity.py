@@ -22,12 +22,13 @@ Examples:
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --ranges
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --target rtx
   moiie parity moiie-phi3.bundle --bisect --target cpu
+  moiie parity moiie-phi3.bundle --bisect --target cpu --save differences
 
 Both models get the same pictures and texts: those of the recipe's
 parity.cases, or made-up ones. Compared, in this order: names, shapes, dtypes,
 finite values, routing, hidden states, KV cache, logits, text. Exits 3 when a
-check fails, and names the first one. A report is written either way: one HTML
-file that needs neither network nor scripts.
+check fails, and names the first one. --report writes one HTML file, whether they
+fail or not; it needs neither network nor scripts.
 
 A bundle with quantised weights is compared twice: its graphs with what its own
 weights say, and these with the checkpoint's (parity.bounds.int8, int4, fp8).
@@ -35,14 +36,24 @@ weights say, and these with the checkpoint's (parity.bounds.int8, int4, fp8).
 --target compares through a form that was built, on the device that it is for;
 what it does not give (hidden states, most often) is listed as not run.
 
---bisect needs no checkpoint: it gives a built form and the bundle's own graphs the
-same inputs and names the first node whose result differs by more than the
-recipe's bounds. Exits 3 when there is one.
+--bisect needs no checkpoint: Polygraphy runs a built form and the bundle's own
+graphs on the same inputs and compares them; the first node is named whose result
+differs by more than the recipe's bounds. Exits 3 when there is one. --save then
+writes, as Polygraphy's JSON, the inputs and the values of both sides up to that
+node, and shows the commands of Polygraphy that look at them. --bisect and
+--polygraphy need the extra `polygraphy`.
 
 --ranges compares nothing: it runs the checkpoint on the same prompts and shows
 how large every layer's inputs and outputs get, by expert and modality, and
 which do not fit float16.
 """
+
+_UNREAD = {
+    "bisect": ("looks at a built form on made-up inputs", ("recipe", "report", "png", "ranges", "polygraphy")),
+    "ranges": ("compares nothing", ("target", "polygraphy")),
+    "polygraphy": ("takes made-up inputs", ("recipe",)),
+}
+"""What an option has no use for, and why."""
 
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
@@ -79,6 +90,12 @@ which do not fit float16.
 )
 @click.option("--bisect", is_flag=True, help="Find the first node of TARGET that differs from the bundle's own graphs.")
 @click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write inputs and outputs of what --bisect found, for Polygraphy.",
+)
+@click.option(
     "--polygraphy", is_flag=True, help="Let Polygraphy run both sides, one graph after another, and compare them."
 )
 @click.option("--ranges", is_flag=True, help="Measure how large activations get in the checkpoint's model instead.")
@@ -88,18 +105,15 @@ def command(bundle: Path, checkpoint: Path | None, vision_tower: Path | None, re
     """Compare a bundle with its checkpoint in PyTorch."""
     outputs: dict[str, Path | None] = {name: rest.pop(name) for name in ("page", "pictures")}
     as_json, target = rest["as_json"], rest["target"]
+    _refuse_unread(
+        {**rest, "checkpoint": checkpoint, "recipe": recipe, "report": outputs["page"], "png": outputs["pictures"]}
+    )
     if rest["bisect"]:
         from moiie_export.cli.bisect import show_bisection
 
-        if target is None:
-            raise click.UsageError("--bisect goes with --target: it looks into what `moiie build` made")
-        show_bisection(bundle, target, as_json=as_json)
+        show_bisection(bundle, target, rest["save"], as_json=as_json)
         return
-    if checkpoint is None:
-        raise click.UsageError("missing option '--checkpoint'")
-    for name in ("ranges", "polygraphy"):
-        if rest[name] and any(outputs.values()):
-            raise click.UsageError(f"--{name} makes no report: leave --report and --png out, or use --json")
+    assert checkpoint is not None
     from moiie_export.cli.sources import checkpoint_directory, need_extra
     from moiie_export.recipe import load_recipe
     from moiie_runtime.bundle import Bundle
@@ -128,6 +142,23 @@ def command(bundle: Path, checkpoint: Path | None, vision_tower: Path | None, re
         )
     progress.finish()
     _show(report, (bundle, checkpoint, target), outputs, as_json=as_json)
+
+
+def _refuse_unread(given: dict[str, Any]) -> None:
+    """Refuse options that do not go together, before anything is read."""
+    if given["bisect"] and given["target"] is None:
+        raise click.UsageError("--bisect goes with --target: it looks into what `moiie build` made")
+    if given["save"] is not None and not given["bisect"]:
+        raise click.UsageError("--save goes with --bisect: it keeps what differs")
+    if given["checkpoint"] is None and not given["bisect"]:
+        raise click.UsageError("missing option '--checkpoint'")
+    for name in ("ranges", "polygraphy"):
+        if given[name] and (given["report"] or given["png"]) and not given["bisect"]:
+            raise click.UsageError(f"--{name} makes no report: leave --report and --png out, or use --json")
+    for name, (why, unread) in _UNREAD.items():
+        for each in unread:
+            if given[name] and given[each]:
+                raise click.UsageError(f"--{name} {why}: leave --{each} out")
 
 
 def _prepare(outputs: dict[str, Path | None]) -> None:

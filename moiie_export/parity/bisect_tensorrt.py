@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,8 @@ from moiie_export.builders.compile_engine import EngineJob
 from moiie_export.builders.dialect_graph import lower_component, save_graph, target_of
 from moiie_export.builders.engine_process import run_job
 from moiie_export.builders.engine_specs import Profile
-from moiie_export.parity.metrics import Array
-from moiie_export.parity.values import caches_of, values
-from moiie_runtime.backends.session import EngineOptions, TensorSpec
+from moiie_export.parity.values import caches_of
+from moiie_runtime.backends.session import EngineOptions, Session, TensorSpec
 from moiie_runtime.backends.tensorrt import TensorRtSession
 from moiie_runtime.backends.tensorrt_io import tensor_specs
 from moiie_runtime.backends.tensorrt_library import load_library
@@ -34,7 +34,7 @@ from moiie_runtime.strict_files import sha256_file
 
 
 class TensorRtValues:
-    """Runs marked graphs of a TensorRT engine. See `Values` in bisect.py.
+    """Runs marked graphs of a TensorRT engine. See `Values` in bisect_sides.py.
 
     Args:
         engine: the built form.
@@ -47,6 +47,7 @@ class TensorRtValues:
         self._library = load_library(engine.backend)
         self._work = tempfile.TemporaryDirectory()
         self._folder = Path(self._work.name)
+        self.caches = caches_of(engine.bundle, options.device)
 
     def graph(self, component: str) -> onnx.ModelProto:
         """The graph that went into the engine, without its weights.
@@ -64,15 +65,21 @@ class TensorRtValues:
             save_graph(self._lowered(component), component, self._folder)
         return onnx.load(str(self._folder / f"{component}.onnx"), load_external_data=False)
 
-    def run(
-        self, component: str, model: onnx.ModelProto, names: list[str], feeds: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """Build with these values as outputs, and run."""
+    @contextmanager
+    def open(self, component: str, model: onnx.ModelProto, names: list[str]) -> Iterator[Session]:
+        """Build with these values as outputs; see `Values`."""
         graph = self._folder / "marked.onnx"  # its weights are named relative to it
         onnx.save(mark(model, names), str(graph))
         plan = graph.with_suffix(".engine")
         run_job(self._engine.backend, self._job(component, graph, plan), lambda *_: None)
-        return self._execute(component, plan, names, feeds)
+        shared = TensorRtShared(self._engine, self._library, self._device)
+        try:
+            shared.engine = self._marked(component, plan, tensor_specs(shared.deserialize(plan)))
+            options = EngineOptions(device=self._device, shared=shared)
+            with TensorRtSession(plan, component=component, transient=True, options=options) as session:
+                yield session
+        finally:
+            shared.close()
 
     def close(self) -> None:
         """Remove the graphs."""
@@ -98,16 +105,6 @@ class TensorRtValues:
         plugins = (document.get("plugins") or {}).get("file")
         library = None if plugins is None else self._engine.bundle.path(f"{self._engine.folder}/{plugins}")
         return EngineJob(component, graph, plan, profiles, tuple(document["sms"]), library, embed_plugins=False)
-
-    def _execute(self, component: str, plan: Path, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        shared = TensorRtShared(self._engine, self._library, self._device)
-        try:
-            shared.engine = self._marked(component, plan, tensor_specs(shared.deserialize(plan)))
-            options = EngineOptions(device=self._device, shared=shared)
-            with TensorRtSession(plan, component=component, transient=True, options=options) as session:
-                return values(session, names, feeds, caches_of(self._engine.bundle, self._device))
-        finally:
-            shared.close()
 
     def _marked(self, component: str, plan: Path, found: Mapping[str, TensorSpec]) -> Engine:
         """The engine, described as what was built of it."""

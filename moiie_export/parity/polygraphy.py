@@ -7,7 +7,6 @@ A second opinion: other code feeds the two sides and takes the differences. Each
 from __future__ import annotations
 
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,72 +20,29 @@ from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
 from moiie_export.parity.bisect_inputs import made_up_inputs
 from moiie_export.parity.bounds import bounds_kind, read_bounds
+from moiie_export.parity.comparator import (
+    BaseRunner,
+    SessionRunner,
+    judge,
+    largest_of,
+    metadata_of,
+    outputs_of,
+    run_both,
+)
 from moiie_export.parity.metrics import Array
 from moiie_export.parity.quantised import stored_formats
 from moiie_export.parity.report import Check, Report
 from moiie_export.parity.stored import StoredWeights
-from moiie_export.parity.values import Caches, caches_of, values
+from moiie_export.parity.values import caches_of
 from moiie_export.recipe_parity import Bounds
 from moiie_export.source import ModelSource
 from moiie_runtime.backends import get_backend
 from moiie_runtime.backends.session import EngineOptions, Session
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import PORTABLE, open_engine
-from moiie_runtime.errors import MissingDependency
 from moiie_runtime.kv_cache import static_rows
 
-try:
-    from polygraphy.backend.base import BaseRunner
-    from polygraphy.common import TensorMetadata
-    from polygraphy.comparator import Comparator, SimpleCompareFunc
-    from polygraphy.logger import G_LOGGER
-except ImportError as error:
-    raise MissingDependency(
-        f"Polygraphy is not installed: {error}", "pip install 'moiie-export[polygraphy]'"
-    ) from error
-
 _EXACT = "expert_ids."
-
-
-class SessionRunner(BaseRunner):  # type: ignore[misc]  # ships no types
-    """A session of any backend as a Polygraphy runner.
-
-    Args:
-        name: for Polygraphy's messages.
-        open_session: opens it; called when the runner is activated.
-        caches: of its graph, from `caches_of`.
-    """
-
-    def __init__(self, name: str, open_session: Callable[[], Session], caches: Caches) -> None:
-        super().__init__(name=name)
-        self._open, self._caches = open_session, caches
-        self._session: Session | None = None
-
-    def activate_impl(self) -> None:
-        """Open the session."""
-        self._session = self._open()
-
-    def deactivate_impl(self) -> None:
-        """Close it."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-
-    def get_input_metadata_impl(self) -> Any:
-        """Names, types and shapes of its inputs."""
-        assert self._session is not None
-        metadata = TensorMetadata()
-        for name, spec in self._session.inputs.items():
-            metadata.add(name, np.dtype(spec.dtype), spec.shape)
-        return metadata
-
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> Any:
-        """One run, with caches that are updated in place."""
-        assert self._session is not None
-        start = time.perf_counter()
-        found = OrderedDict(values(self._session, list(self._session.outputs), feed_dict, self._caches))
-        self.inference_time = time.perf_counter() - start
-        return found
 
 
 class ReferenceRunner(BaseRunner):  # type: ignore[misc]
@@ -105,10 +61,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
 
     def get_input_metadata_impl(self) -> Any:
         """Names, types and shapes of the graph's inputs."""
-        metadata = TensorMetadata()
-        for tensor in self._component.inputs:
-            metadata.add(tensor.name, tensor.dtype, tensor.dims)
-        return metadata
+        return metadata_of({tensor.name: (tensor.dtype, tensor.dims) for tensor in self._component.inputs})
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> Any:
         """The module on these inputs, its outputs by the graph's names."""
@@ -165,7 +118,8 @@ def compare_with_polygraphy(
                     return opener(path, component=name, threads=None, transient=False, options=options)
 
                 caches = caches_of(opened, options.device)
-                runner = SessionRunner(f"{target or PORTABLE} {component.name}", open_session, caches)
+                inputs = portable.components[component.name].inputs
+                runner = SessionRunner(f"{target or PORTABLE} {component.name}", open_session, inputs, caches)
                 feeds = made_up_inputs(portable, component.name, rows=static_rows(opened) or 1)
                 report.checks += compare(ReferenceRunner(component, model), runner, feeds, bounds)
             progress("polygraphy", len(components), len(components))
@@ -186,23 +140,13 @@ def compare(reference: Any, runner: Any, feeds: Mapping[str, Array], bounds: Bou
     Returns:
         A check for each output that both give.
     """
-    with G_LOGGER.verbosity(G_LOGGER.ERROR), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # its statistics divide by 0 and subtract infinities
-        runs = Comparator.run([reference, runner], data_loader=[dict(feeds)])
-        wanted = {name: np.asarray(array) for name, array in runs[reference.name][0].items()}
-        allowed = {name: _bound(name, bounds) * _largest(array) for name, array in wanted.items()}
-        # Polygraphy's own comparison, its tolerances made from the bounds.
-        (judged,) = Comparator.compare_accuracy(
-            runs,
-            compare_func=SimpleCompareFunc(
-                rtol=0.0, atol=allowed, check_error_stat="max", infinities_compare_equal=True
-            ),
-        )
-    checks = []
-    for name, result in judged[reference.name, runner.name][0].items():
-        error = float(getattr(result, "max_absdiff", np.inf)) / _largest(wanted[name])
-        checks.append(Check(name, "error", error, _bound(name, bounds), bool(result), where=reference.component))
-    return checks
+    runs = run_both(reference, runner, feeds)
+    sizes = {name: largest_of(array) for name, array in outputs_of(runs)[0].items()}
+    verdicts = judge(runs, {name: _bound(name, bounds) * size for name, size in sizes.items()})
+    return [
+        Check(name, "error", each.largest / sizes[name], _bound(name, bounds), each.passed, where=reference.component)
+        for name, each in verdicts.items()
+    ]
 
 
 def _bound(name: str, bounds: Bounds) -> float:
@@ -214,8 +158,3 @@ def _bound(name: str, bounds: Bounds) -> float:
         return bounds.logits_error
     inner = name.startswith(("hidden.", "router_logits.", "expert_weights."))
     return bounds.hidden_error if inner else bounds.vision_error
-
-
-def _largest(array: Array) -> float:
-    """Largest finite number, at least 1: what an error is a share of."""
-    return float(np.abs(array[np.isfinite(array)]).max(initial=1.0))

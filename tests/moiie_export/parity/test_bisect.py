@@ -14,7 +14,8 @@ import onnx
 import pytest
 
 from moiie_export.builders import BuildRequest, build
-from moiie_export.parity.bisect import Bisection, Difference, _near_tie, bisect, values_of
+from moiie_export.parity.bisect import Bisection, Difference, _near_tie, bisect
+from moiie_export.parity.bisect_sides import values_of
 from moiie_export.targets import find_target
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import open_engine
@@ -151,6 +152,13 @@ def test_values_that_are_not_finite_differ(engine: Callable[[str], Path]) -> Non
         del node.attribute[:]
     difference = first(folder, "vision_encoder")
     assert (difference.node, difference.error) == (node.name, float("inf"))
+
+
+def test_a_jump_is_told_from_rounding_that_adds_up() -> None:
+    known = ("vision_encoder", "value", "node", "Op", "")
+    jump, gradual = (Difference(*known, 0.06, 0.05, before, ()) for before in (0.001, 0.047))
+    assert (jump.gradual, gradual.gradual) == (False, True)
+    assert "off by 0.06, allowed are 0.05, and values before it are off by 0.047 at most" in str(gradual)
 
 
 @pytest.mark.parametrize(

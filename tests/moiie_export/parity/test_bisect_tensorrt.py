@@ -16,8 +16,10 @@ from moiie_export.builders.compile_engine import EngineJob
 from moiie_export.builders.dialect_graph import lower_component, save_graph
 from moiie_export.builders.engine_specs import Profile
 from moiie_export.parity import bisect_tensorrt
-from moiie_export.parity.bisect import BLOCK, Bisection, _readable, bisect, values_of
+from moiie_export.parity.bisect import BLOCK, Bisection, bisect
+from moiie_export.parity.bisect_graphs import readable
 from moiie_export.parity.bisect_inputs import made_up_inputs
+from moiie_export.parity.bisect_sides import values_of
 from moiie_export.parity.bisect_tensorrt import mark
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import open_engine
@@ -151,7 +153,7 @@ def test_tensorrt_builds_marked_graphs(tmp_path: Path, component: str) -> None:
     made, _ = lower_component(bundle, component, target("rtx", plugins="off"))
     model = onnx.load(save_graph(made, component, tmp_path), load_external_data=False)
     names = [name for node in model.graph.node for name in node.output]
-    wanted = [name for name in names if name in _readable(model)][:BLOCK]
+    wanted = [name for name in names if name in readable(model)][:BLOCK]
     graph = tmp_path / "marked.onnx"
     onnx.save(mark(model, wanted), graph)
     profile = Profile("all", {"images": (1, 1, 1)} if component == "vision_encoder" else {})

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from moiie_export.parity.polygraphy import SessionRunner, compare, compare_with_polygraphy
+from moiie_export.parity.comparator import SessionRunner
+from moiie_export.parity.polygraphy import compare, compare_with_polygraphy
 from moiie_export.recipe_parity import Bounds
 from moiie_runtime.backends.session import TensorSpec
 from tests.exports import SMALLEST, exported
@@ -32,13 +33,16 @@ class Made:
     def unbind(self) -> None:
         pass
 
-    def close(self) -> None:
+    def __enter__(self) -> Made:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.inputs = {}
 
 
 def judged(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray], **bounds: float) -> dict[str, Any]:
     first, second = (
-        SessionRunner(name, lambda each=each: Made(**each), lambda feeds: None)
+        SessionRunner(name, lambda each=each: Made(**each), {"x": TensorSpec("float32", ("n",))}, lambda feeds: None)
         for name, each in (("a", wanted), ("b", found))
     )
     first.component = "graph"
