@@ -5,6 +5,10 @@ Shapes: B rows, Hq / Hkv heads, G = Hq / Hkv, T new tokens, S capacity, D head s
 TRT_Attention neither scales its query nor its scores (seen in the network that the parser makes of it), so the query is
 scaled here, in float32. In TensorRT 10.3 a scaled transposed key of a fused projection is miscomputed, which is why the
 key is never touched.
+
+Inputs and attributes of TRT_Attention are those that onnx-tensorrt 11's importer reads and that the parsers of TensorRT for
+RTX 1.5 (which came with TensorRT 11.0), 1.6 and 1.7 take. The description of operators published with 11.0 tells others
+(`is_causal`, a scale by default, lengths as inputs 6 and 7): those parsers ignore them without a word.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ NATIVE = {"query_form": "padded_bhnd", "TRT_decomposable": 1}
 """Layout [B, heads, T, D]; a head size without a kernel of its own is computed by several."""
 
 PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
-"""With a namespace on the node the parser looks for a plugin before it looks at the function of the same name."""
+"""With a namespace on the node the parser looks for a plugin before it looks at the function of the same name; in
+TensorRT before 10.7 the function wins, seen in its importer."""
 
 
 def lower_cached_attention(model: ir.Model, context: TrtContext) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from moiie_export.graph.rewriting import constant, insert, replace
+from moiie_export.graph.rewriting import constant, fixed_sizes, insert, replace
 from moiie_export.graph.trt_context import TrtContext
 from moiie_export.ops import DOMAIN
 
@@ -16,9 +18,14 @@ def lower_quantized_linear(model: ir.Model, context: TrtContext) -> None:
         if (node.domain, node.op_type) != (DOMAIN, "QuantizedLinear"):
             continue
         rows, stored, scales, *rest = node.inputs
+        assert stored is not None
+        assert scales is not None
         group_size = node.attributes["group_size"].as_int()
-        blocks = {"axis": 1, "block_size": group_size} if group_size else {"axis": 0}
-        weight = insert(node, "DequantizeLinear", [stored, scales], name=f"{node.name}/weight", **blocks).outputs[0]
+        if group_size and context.standard and stored.dtype == ir.DataType.INT8:
+            weight = _by_groups(model, node, (stored, scales), group_size)
+        else:
+            blocks = {"axis": 1, "block_size": group_size} if group_size else {"axis": 0}
+            weight = insert(node, "DequantizeLinear", [stored, scales], name=f"{node.name}/weight", **blocks).outputs[0]
         turned = insert(node, "Transpose", [weight], name=f"{node.name}/columns", perm=[1, 0]).outputs[0]
         if rest and rest[0] is not None:
             rows = _rounded(model, node, rest[0])
@@ -26,10 +33,41 @@ def lower_quantized_linear(model: ir.Model, context: TrtContext) -> None:
         replace(node.outputs[0], product.outputs[0])
 
 
+def _by_groups(model: ir.Model, node: ir.Node, tensors: tuple[ir.Value, ir.Value], group_size: int) -> ir.Value:
+    """int8 in groups for TensorRT 10: each group is a row of its own, with one scale.
+
+    10.3 has blocks of int4 alone and 10.14 those of fp8 and fp4 too (NvInfer.h, IDequantizeLayer), never of int8.
+    """
+    stored, scales = tensors
+    rows, columns = fixed_sizes(stored.shape)
+    groups = _reshaped(model, stored, (rows * columns // group_size, group_size), "groups")
+    steps = _reshaped(model, scales, (rows * columns // group_size,), "steps")
+    values = insert(node, "DequantizeLinear", [groups, steps], name=f"{node.name}/groups", axis=0).outputs[0]
+    shape = constant(model, f"shape.{rows}.{columns}", np.array([rows, columns], np.int64))
+    return insert(node, "Reshape", [values, shape], name=f"{node.name}/weight").outputs[0]
+
+
+def _reshaped(model: ir.Model, value: ir.Value, shape: Sequence[int], suffix: str) -> ir.Value:
+    """The same numbers as an initialiser of another shape; they are read when they are written."""
+    name, tensor = f"{value.name}.{suffix}", value.const_value
+    known = model.graph.initializers.get(name)
+    if known is not None:
+        return known
+    assert tensor is not None
+    dims = ir.Shape(shape)
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy().reshape(tuple(shape)), dtype=tensor.dtype)
+
+    lazy = ir.LazyTensor(read, dtype=tensor.dtype, shape=dims, name=name)
+    made = ir.Value(name=name, shape=dims, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    model.graph.register_initializer(made)
+    return made
+
+
 def _rounded(model: ir.Model, node: ir.Node, input_scale: ir.Value) -> ir.Value:
     """Rows rounded to int8 with the calibrated scale."""
-    scalar = constant(model, "shape.scalar", np.array([], np.int64))
-    step = insert(node, "Reshape", [input_scale, scalar], name=f"{node.name}/step").outputs[0]
+    step = _reshaped(model, input_scale, (), "scalar")
     zero = constant(model, "zero.int8", np.array(0, np.int8))
     stored = insert(node, "QuantizeLinear", [node.inputs[0], step, zero], name=f"{node.name}/stored").outputs[0]
     return insert(node, "DequantizeLinear", [stored, step, zero], name=f"{node.name}/rows").outputs[0]

@@ -1,6 +1,6 @@
 """What a graph for TensorRT may hold: ops by dialect, and the attributes of each, which parsers ignore when unknown.
 
-The list of trt10 is a narrow one, of ops that TensorRT 10 is known to take; it was never parsed by 10.3 here.
+The list of trt10 is that of trt10_ops.py; its graphs were never parsed by TensorRT 10.3 here.
 """
 
 from __future__ import annotations
@@ -10,32 +10,14 @@ from collections.abc import Mapping
 import onnx.defs
 import onnx_ir as ir
 
+from moiie_export.graph.trt10_ops import TRT10_TYPES, refused_form
 from moiie_export.graph.trt_context import TrtContext
+from moiie_export.graph.trt_types import value_types
 from moiie_export.ops import DOMAIN
 
 TRT10_OPSET, TRT10_INT4_OPSET, TRT10_IR_VERSION = 20, 21, 10
 
-TRT10_OPS = frozenset(
-    {
-        *("Abs", "Add", "And", "ArgMax", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "CumSum"),
-        *(
-            "DequantizeLinear",
-            "Div",
-            "Equal",
-            "Expand",
-            "Floor",
-            "Gather",
-            "GatherElements",
-            "GatherND",
-            "Gelu",
-            "Gemm",
-        ),
-        *("Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mod", "Mul"),
-        *("Not", "Or", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean"),
-        *("ReduceSum", "Relu", "Reshape", "Resize", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
-        *("Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where"),
-    }
-)
+TRT10_OPS = frozenset(TRT10_TYPES)
 NEW_OPS = frozenset({"RMSNormalization", "RotaryEmbedding"})
 """What trt11 and rtx take beyond that, of standard ONNX."""
 
@@ -56,6 +38,7 @@ PLUGIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
 _STANDARD_ATTRIBUTES: Mapping[str, frozenset[str]] = {
     "RotaryEmbedding": frozenset(),
     "RMSNormalization": frozenset({"axis", "epsilon", "stash_type"}),
+    "ScatterND": frozenset(),
     "Resize": frozenset({"mode", "coordinate_transformation_mode", "cubic_coeff_a", "nearest_mode", "axes"})
     | {"antialias", "exclude_outside", "extrapolation_value", "keep_aspect_ratio_policy"},
 }
@@ -65,12 +48,13 @@ _INERT: Mapping[str, float | int] = {"antialias": 0, "exclude_outside": 0}
 
 
 def check_rules(model: ir.Model, context: TrtContext) -> None:
-    """Refuse ops and attributes that the dialect does not know.
+    """Refuse ops and attributes that the dialect does not know, and for trt10 types that its ops are not computed in.
 
     Raises:
         MoiieError: naming the node.
     """
     allowed = TRT10_OPS if context.standard else TRT10_OPS | NEW_OPS
+    types = value_types(model) if context.standard else {}
     for node in model.graph:
         names = set(node.attributes)
         if node.domain == DOMAIN:
@@ -80,12 +64,14 @@ def check_rules(model: ir.Model, context: TrtContext) -> None:
         elif node.op_type in NATIVE_ATTRIBUTES and not context.standard:
             known = NATIVE_ATTRIBUTES[node.op_type]
         elif node.domain == "" and node.op_type in allowed:
-            known = _STANDARD_ATTRIBUTES.get(node.op_type) or _schema(node.op_type, model.opset_imports[""])
+            known = _standard(node.op_type, model.opset_imports[""])
         else:
             raise context.error(node, f"dialect {context.target.dialect} has no such op")
         if names - known:
             raise context.error(node, f"attribute {sorted(names - known)[0]} is not one that the parser reads")
         _check_inert(node, context)
+        if context.standard and node.domain == "" and (refused := refused_form(node, types)):
+            raise context.error(node, refused)
 
 
 def _check_inert(node: ir.Node, context: TrtContext) -> None:
@@ -94,5 +80,7 @@ def _check_inert(node: ir.Node, context: TrtContext) -> None:
             raise context.error(node, f"{name} = {node.attributes[name].value} cannot be parsed")
 
 
-def _schema(op_type: str, opset: int) -> frozenset[str]:
+def _standard(op_type: str, opset: int) -> frozenset[str]:
+    if op_type in _STANDARD_ATTRIBUTES:
+        return _STANDARD_ATTRIBUTES[op_type]
     return frozenset(onnx.defs.get_schema(op_type, opset).attributes)

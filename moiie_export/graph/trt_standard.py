@@ -13,7 +13,8 @@ from moiie_export.graph.trt_attention import NATIVE
 from moiie_export.graph.trt_context import TrtContext, exact
 from moiie_export.graph.trt_types import value_types
 
-_DEFAULTS: dict[str, dict[str, int | float]] = {
+_DEFAULTS: dict[str, dict[str, int | float | str]] = {
+    "ScatterND": {"reduction": "none"},
     "RMSNormalization": {"axis": -1, "stash_type": 1},
     "RotaryEmbedding": {"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0},
     "Attention": {
@@ -39,6 +40,16 @@ def strip_defaults(model: ir.Model, context: TrtContext) -> None:
                 raise context.error(node, f"{name} = {attribute.value} has no lowering; expected {value}")
             if node.op_type != "RMSNormalization":
                 del node.attributes[name]
+
+
+def compare_truths(model: ir.Model, context: TrtContext) -> None:
+    """a == b of truth values as not (a xor b): no TensorRT documents Equal for them."""
+    types = value_types(model)
+    for node in list(model.graph):
+        first = node.inputs[0] if node.domain == "" and node.op_type == "Equal" else None
+        if first is not None and types[first] == ir.DataType.BOOL:
+            other = insert(node, "Xor", node.inputs, name=f"{node.name}/other")
+            replace(node.outputs[0], insert(node, "Not", other.outputs, name=f"{node.name}/same").outputs[0])
 
 
 def lower_encoder_attention(model: ir.Model, context: TrtContext) -> None:

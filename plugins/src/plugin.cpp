@@ -26,18 +26,31 @@ std::vector<Dims> dims_of(PluginTensorDesc const* tensors, int32_t count) {
     return result;
 }
 
-// The dims of the network, or a bound of the profile. TensorRT 10.3 leaves bounds it does not know empty.
+// Whether a bound of a profile says something: TensorRT 10.3 leaves those that it does not know empty.
+bool is_given(Dims const& bound, Dims const& declared) {
+    return bound.nbDims == declared.nbDims &&
+           std::any_of(bound.d, bound.d + bound.nbDims, [](int64_t length) { return length != 0; });
+}
+
+// The dims of the network, or a bound of the profile where there is one.
 std::vector<Dims> dims_of(DynamicPluginTensorDesc const* tensors, int32_t count, Dims DynamicPluginTensorDesc::*bound) {
     std::vector<Dims> result;
     for (int32_t i = 0; i < count; ++i) {
         Dims const& declared = tensors[i].desc.dims;
-        Dims dims = bound == nullptr ? declared : tensors[i].*bound;
-        if (dims.nbDims != declared.nbDims) {
-            dims = declared;
-        }
-        result.push_back(dims);
+        result.push_back(bound != nullptr && is_given(tensors[i].*bound, declared) ? tensors[i].*bound : declared);
     }
     return result;
+}
+
+// Throws Refusal where a length is not known: without the largest shapes there is no size of the workspace.
+void check_known(Op const& op, std::vector<Dims> const& inputs) {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        int64_t const* const end = inputs[i].d + inputs[i].nbDims;
+        if (std::find(inputs[i].d, end, -1) != end) {
+            throw Refusal(text(op.input_text(i), " has the shape ", dims_text(inputs[i]),
+                               ", and the profile says no largest one to size the workspace for"));
+        }
+    }
 }
 
 // What both kinds of plugin share: everything but the base class that tells TensorRT of updates in place.
@@ -114,7 +127,9 @@ public:
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
                             int32_t) const noexcept override {
         return guarded(op_.name, size_t{0}, [&] {
-            Values const most = shape_symbols(op_, fields_, dims_of(inputs, count, &DynamicPluginTensorDesc::max));
+            std::vector<Dims> const largest = dims_of(inputs, count, &DynamicPluginTensorDesc::max);
+            check_known(op_, largest);
+            Values const most = shape_symbols(op_, fields_, largest);
             return workspace_bytes(variant_of(op_, most, inputs[0].desc.type), most);
         });
     }

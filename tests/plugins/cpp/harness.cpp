@@ -4,6 +4,7 @@
 //   arena PATH BYTES                  map the file; prints its address
 //   field NAME int32|int64|float32 N V...    an attribute of the node to come
 //   input|output TYPE N D... OFFSET [max D...]   a tensor of the node to come
+//   profile given|empty|zeros         what the next builds are told of the bounds of shapes
 //   build OP                          create, negotiate, configure; prints workspace and output shapes
 //   run WORKSPACE_OFFSET              serialise, create for run time, attach, shape change, enqueue
 //   cycles OP COUNT                   create, clone, serialise, create again, destroy
@@ -34,6 +35,7 @@ struct State {
     std::vector<Field> fields;
     std::vector<Given> inputs;
     std::vector<Given> outputs;
+    std::string profile = "given";
     std::unique_ptr<IPluginV3> plugin;
 } state;
 
@@ -92,6 +94,12 @@ std::vector<DynamicPluginTensorDesc> bounds(std::vector<Given> const& tensors) {
             }
         }
         tensor.opt = Dims{};  // TensorRT 10.3 leaves it empty
+        if (state.profile != "given") {
+            tensor.min = tensor.max = Dims{};
+        }
+        if (state.profile == "zeros") {
+            tensor.min.nbDims = tensor.opt.nbDims = tensor.max.nbDims = tensor.desc.dims.nbDims;
+        }
         result.push_back(tensor);
     }
     return result;
@@ -156,8 +164,9 @@ bool build(std::string const& name) {
     if (build->getInterfaceInfo().major == 2) {
         std::cout << " alias " << static_cast<IPluginV3OneBuildV2*>(build)->getAliasedInput(0);
     }
-    std::cout << "\nworkspace " << build->getWorkspaceSize(inputs.data(), input_count, outputs.data(), output_count)
-              << std::endl;
+    std::cout << std::endl;
+    size_t const workspace = build->getWorkspaceSize(inputs.data(), input_count, outputs.data(), output_count);
+    std::cout << "workspace " << workspace << std::endl;
     return true;
 }
 
@@ -289,6 +298,8 @@ bool execute(std::istream& in) {
         state.inputs.push_back(read_tensor(in));
     } else if (verb == "output") {
         state.outputs.push_back(read_tensor(in));
+    } else if (verb == "profile") {
+        in >> state.profile;
     } else if (verb == "build") {
         return in >> name && build(name);
     } else if (verb == "run") {

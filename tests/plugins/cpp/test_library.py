@@ -97,3 +97,29 @@ def test_workspace_is_that_of_the_profiles_largest_shape() -> None:
     blocks = (1000 + 4 * 127) // 128
     buffers = [blocks * 128 * 4, blocks * 4, blocks * 128 * 48 * 2, 1000 * 64 * 2]
     assert _workspace("decode", 3, 500) == sum(-(-each // 256) * 256 for each in buffers)
+
+
+@pytest.mark.parametrize("profile", ["empty", "zeros"])
+def test_a_profile_that_says_nothing_leaves_the_networks_own_shapes(profile: str) -> None:
+    """TensorRT 10.3 passes such bounds to configurePlugin."""
+    for name, example in {name: EXAMPLES[name]() for name in ("decode", "cache", "attention")}.items():
+        build = [*example.node().lines(), f"build {example.op}"]
+        usual = drive(build, driver=False)
+        said = drive([f"profile {profile}", *build], driver=False)
+        assert said.one("workspace") == usual.one("workspace"), name
+        assert not said.all("log")
+        assert not said.all("failed")
+
+
+@pytest.mark.parametrize("profile", ["empty", "zeros"])
+def test_no_workspace_is_guessed_for_shapes_that_nobody_bounds(profile: str) -> None:
+    example = EXAMPLES["decode"]()
+    node = example.node(
+        most={"hidden": (500, 64), "expert_ids": (500, 2), "expert_weights": (500, 2), "out": (500, 64)}
+    )
+    said = drive([f"profile {profile}", *node.lines(), f"build {node.op}"], driver=False)
+    assert said.one("workspace") == "0"
+    (sentence,) = said.all("log")
+    assert sentence.startswith(
+        "ExpertDispatch: input 0 (hidden) has the shape [?, 64], and the profile says no largest one"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from moiie_plugins.run import plan_for
 from tests.plugins.cpp.arena import Arena, Library, replay
 from tests.plugins.cpp.nodes import EXAMPLES, Example
 from tests.plugins.cpp.shell import SM, Said, drive, tools
@@ -68,6 +69,10 @@ def test_recorded_launches_compute_the_op(name: str, tmp_path: Path) -> None:
     assert int(said.one("workspace")) <= WORKSPACE
     launched = replay(_library(), log, arena, int(said.one("arena")))
     assert tuple(each.split(".")[0] for each in launched) == example.kernels
+    lists = example.attributes.items()
+    attributes = {name: value[0] if name != "experts" and isinstance(value, list) else value for name, value in lists}
+    plan, _, _ = plan_for(example.op, example.inputs, attributes)
+    assert launched == [launch.kernel.name for launch in plan.launches], "those for rows of these lengths"
     _check(example, arena)
     workspace = arena["workspace"][int(said.one("workspace")) :]
     assert bool((workspace == 255).all()), "written behind the workspace that was asked for"
