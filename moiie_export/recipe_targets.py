@@ -43,7 +43,7 @@ class TargetSection:
     batch: int | None = key("Rows of prefill and decode.", None, limits=_COUNT)
     images: int | None = key("Most pictures that the vision encoder takes at once.", None, limits=_COUNT)
     residency: Residency | None = key("after_prefill: vision encoder and experts are released before the answer.", None)
-    plugins: Plugins | None = key("required: our plugin library; optional or off: standard layers instead.", None)
+    plugins: Plugins | None = key("required: our plugin library; optional: only if given; off: standard layers.", None)
     banks: Banks | None = key("Expert weights as inputs of the engine, or as constants in it.", None)
     embed_plugins: bool | None = key("true: the plugin library is stored in the engine, false: beside it.", None)
     threads: int | None = key("Threads on a CPU.", None, limits=_COUNT)

@@ -12,12 +12,17 @@ from typing import Any, Protocol
 
 from moiie_runtime.backends.device import ITEM_BYTES, Device
 from moiie_runtime.backends.expert_banks import DECODE
+from moiie_runtime.device_copies import copied_numbers
+from moiie_runtime.device_feeds import feed_bytes
 from moiie_runtime.engines import Engine
+from moiie_runtime.errors import MoiieError
 from moiie_runtime.jetson import shared_memory
 from moiie_runtime.kv_cache import static_rows
 from moiie_runtime.memory import SMALLEST, EncoderShape, Request, encoder_shapes, once_components, widest_output
+from moiie_runtime.quantized_weights import FORMATS
+from moiie_runtime.residency import stored_tensor
 from moiie_runtime.sizes import readable
-from moiie_runtime.tensors import TensorFile
+from moiie_runtime.tensors import TensorFile, TensorInfo
 
 COPIES = 3
 """The key-value cache, and as much again for the outputs of prefill and of decode where they cannot be written over it."""
@@ -29,19 +34,23 @@ class DeviceEstimate:
 
     Attributes:
         vision: weights of the vision encoders.
+        router: weights of the graph that chooses experts by the instruction.
         prefill, decode: weights stored in the two decoder engines.
         language_experts, vision_experts: expert weights, by whether a decode step can reach them.
         kv_cache: key-value buffers.
+        inputs_and_outputs: what graphs are fed and give back, adapters of the request among it.
         workspace: intermediate results of the largest graph.
         system: contexts, libraries, and on a Jetson the operating system; 0 where they are there already.
     """
 
     vision: int
+    router: int
     prefill: int
     decode: int
     language_experts: int
     vision_experts: int
     kv_cache: int
+    inputs_and_outputs: int
     workspace: int
     system: int
 
@@ -170,10 +179,13 @@ def estimate_device(engine: Engine, request: Request = SMALLEST) -> DeviceEstima
     buffers = kv_bytes(
         bundle.model, rows or request.batch * request.num_beams, capacity, ITEM_BYTES[bundle.kv_cache.dtype]
     )
+    if request.num_beams > 1:  # beams that change places take a spare row of one buffer
+        buffers += buffers // (2 * bundle.model.num_hidden_layers * (rows or request.batch * request.num_beams))
     in_place = (engine.document.get("kv_cache") or {}).get("in_place", True)
     return DeviceEstimate(
         **_weights(engine, request),
         kv_cache=buffers * (1 if in_place else COPIES),
+        inputs_and_outputs=feed_bytes(engine, request),
         workspace=_work(engine, settings, request, rows),
         system=0,
     )
@@ -193,22 +205,29 @@ def _weights(engine: Engine, request: Request) -> dict[str, int]:
     if engine.backend.startswith("tensorrt"):
         sizes = {name: bundle.files[bundle.components[name].file].bytes for name in bundle.phases}
         stored = {"prefill": sizes["decoder_prefill"], "decode": sizes[DECODE]}
-        vision = sum(sizes[name] for name in once)
+        before = {name: sizes[name] for name in once}
     else:  # sessions share what they read
         used = {phase: {*bundle.residency[phase].weights} & {*header} for phase in bundle.phases.values()}
         stored = {
             "prefill": _bytes(header, used["prefill"]),
             "decode": _bytes(header, used["decode"] - used["prefill"]),
         }
-        vision = _bytes(header, {name for phase in once for name in used[phase]})
+        before = {name: _bytes(header, used[bundle.phases[name]]) for name in once}
     banks = {"language_experts": 0, "vision_experts": 0}
     for bank in engine.document.get("banks") or ():
         kind = "language_experts" if DECODE in bank["components"] else "vision_experts"
         banks[kind] += _bytes(header, {*bank["inputs"]})
-    return {"vision": vision, **stored, **banks}
+    encoders = {encoder.component for encoder in bundle.encoders}
+    vision = sum(size for name, size in before.items() if name in encoders)
+    return {"vision": vision, "router": sum(before.values()) - vision, **stored, **banks}
 
 
 def _bytes(header: Mapping[str, Any], names: set[str]) -> int:
+    missing = sorted(names - {*header})
+    if missing:
+        raise MoiieError(
+            f"the weights of an engine lack the tensor {missing[0]}", "build it again with `moiie build --force`"
+        )
     return sum(header[name].nbytes for name in names)
 
 
@@ -232,4 +251,20 @@ def _work(engine: Engine, settings: Mapping[str, Any], request: Request, rows: i
     pictures = int(settings.get("images", 1))
     shapes = encoder_shapes(source, header) if request.images else []
     encoders = [encoder_work(replace(each, tiles=each.tiles * pictures), item, scores) for each in shapes]
-    return max(decoder_work(bundle.model, widest // 2, form), *encoders, 0)  # rows are [gate | up]
+    decoder = decoder_work(bundle.model, widest // 2, form)  # rows are [gate | up]
+    copies = {name: _copies(engine, settings, header, phase) * item for name, phase in source.phases.items()}
+    largest = max((copies[each.component] for each in source.encoders), default=0)
+    return max(decoder + copies["decoder_prefill"], *(each + largest for each in encoders), 0)
+
+
+def _copies(engine: Engine, settings: Mapping[str, Any], header: Mapping[str, TensorInfo], phase: str) -> int:
+    """Numbers that the engine of a phase multiplies out; other backends than TensorRT make no copies of them."""
+    if not engine.backend.startswith("tensorrt"):
+        return 0
+    stored, source = [], engine.portable
+    for name in source.residency[phase].weights:
+        found = stored_tensor(header, name)
+        form = None if found is None else source.quantization.get(found[0].name)
+        if found is not None and form is not None:
+            stored.append((name, form, found[0].nbytes // found[1] * FORMATS[form]))
+    return copied_numbers(stored, *(str(settings.get(key, "")) for key in ("dialect", "plugins", "banks")))

@@ -67,6 +67,12 @@ def profile_bounds(text: str) -> list[tuple[int, int]]:
     return [(int(low), int(high)) for low, high in re.findall(r"is out of bounds \[(\d+), (\d+)\]", text)]
 
 
+def work_memory(text: str) -> int:
+    """Bytes of the device that the parts of the compiled graph work in, where profiles leave their sizes fixed."""
+    sizes = re.findall(r"region = \{ name=devmem\S* size=(\d+) ", text)
+    return sum(int(size) for size in sizes)
+
+
 def causal_masks(text: str) -> int:
     """How many kernels compute a causal mask aligned to the newest key: key <= query + (keys - queries)."""
     return len(set(re.findall(r"function=\{ name=__myl_\w*Iota\w*SubAddLte\w* fqn=(\w+)", text)))

@@ -6,12 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moiie_export.builders import BuildRequest
-from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe, runs_kernels
+from moiie_export.builders.plugin_kernels import library_kernels
+from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target
+from moiie_runtime.backends.gpu_info import runs_kernels
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.errors import MissingDependency, MoiieError
-from moiie_runtime.strict_files import read_json_object
-
-_EXPERTS = ".experts."
+from moiie_runtime.errors import MissingDependency
 
 
 def check_sms(target: Target, builder: str = "", found: Collection[int] | None = None) -> None:
@@ -31,7 +30,8 @@ def check_sms(target: Target, builder: str = "", found: Collection[int] | None =
         raise MissingDependency(
             f"target {target.name}: {builder or target.backend} does not build for SM {unknown[0]} "
             f"(it does for {', '.join(map(str, sorted(known)))})",
-            "choose others with --sm, or a target of full TensorRT, which builds on the device itself",
+            "choose others with --sm"
+            + ("" if target.expected else ", or a target of full TensorRT, which builds on the device itself"),
         )
 
 
@@ -39,7 +39,7 @@ def check_formats(bundle: Bundle, target: Target) -> None:
     """Refuse what a GPU of the target has no arithmetic for; the library would say so of a node, after minutes.
 
     Raises:
-        MissingDependency: an SM is too old, or quantised experts have no plugins.
+        MissingDependency: an SM is too old.
     """
     for form in sorted({*bundle.quantization.values()}):
         older = [sm for sm in target.sms if sm < OLDEST_SMS.get(form, 0)]
@@ -49,12 +49,6 @@ def check_formats(bundle: Bundle, target: Target) -> None:
                 f"not SM {older[0]}",
                 "leave the older GPUs out with --sm, or export with int8 or int4 in the recipe's rules",
             )
-    experts = sorted({form for name, form in bundle.quantization.items() if _EXPERTS in name})
-    if experts and target.plugins != "required" and not has_native_moe(target):
-        raise MissingDependency(
-            f"target {target.name}: the bundle's experts are stored as {experts[0]}, which only the plugin library computes",
-            "build it with `moiie plugins build`, then give it with --plugins; or export the experts as float16",
-        )
 
 
 def plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
@@ -81,18 +75,12 @@ def plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
 
 def _check_kernels(library: Path, target: Target) -> None:
     """What `moiie plugins build` wrote beside a library says which GPUs it has kernels for; without that nothing is known."""
-    beside = library.with_suffix(".json")
-    if not beside.is_file():
+    kernels = library_kernels(library)
+    if kernels is None:
         return
-    try:
-        about = read_json_object(beside, 1 << 20)
-        compiled = [int(sm) for sm in about["sms"]]
-        portable = [int(key.split()[0]) for key in about["ptx_isa"] if key.endswith(" ptx")]
-    except (MoiieError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    lost = [sm for sm in target.sms if not runs_kernels(sm, compiled, portable)]
+    lost = [sm for sm in target.sms if not runs_kernels(sm, kernels.sms, kernels.portable)]
     if lost:
         raise MissingDependency(
-            f"{library}: holds kernels for SM {', '.join(map(str, sorted(compiled)))}, target {target.name} wants {lost[0]}",
-            f"moiie plugins build --sm {','.join(map(str, sorted({*compiled, *lost})))}",
+            f"{library}: holds kernels for SM {', '.join(map(str, kernels.sms))}, target {target.name} wants {lost[0]}",
+            f"moiie plugins build --sm {','.join(map(str, sorted({*kernels.sms, *lost})))}",
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from moiie_export.check.devices import Refusal, refusals
 from moiie_export.check.memory import predict_memory
 from moiie_export.check.model_ops import model_ops, stored_weights
 from moiie_export.check.support import Row, judge
@@ -21,12 +22,14 @@ class CheckReport:
 
     Attributes:
         target: the target.
-        rows: one for each kind of op.
+        refused: what its library does for no model.
+        rows: one for each kind of op, on the GPUs that are left; none where none is left.
         memory: the prediction.
         context: tokens of the key-value buffers it holds for.
     """
 
     target: Target
+    refused: tuple[Refusal, ...]
     rows: tuple[Row, ...]
     memory: DeviceEstimate
     context: int
@@ -39,7 +42,7 @@ class CheckReport:
     @property
     def supported(self) -> bool:
         """Whether everything has a lowering and fits."""
-        return self.fits and all(row.supported for row in self.rows)
+        return not self.refused and self.fits and all(row.supported for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -50,6 +53,7 @@ class CheckReport:
             "target": asdict(self.target),
             "expected": self.target.expected,
             "context": self.context,
+            "refused": [asdict(each) for each in self.refused],
             "ops": [asdict(row) for row in self.rows],
             "memory": {**memory, "budget": self.target.memory, "fits": self.fits},
         }
@@ -64,5 +68,9 @@ def check_model(source: ModelSource, recipe: Recipe, target: Target) -> CheckRep
     config = source.config
     context = recipe.export.max_context or config.max_context
     weights = stored_weights(config, resolve(recipe.quantization, recipe.export.dtype, source.weight_map, config))
-    rows = tuple(judge(use, target) for use in model_ops(config, weights, context))
-    return CheckReport(target, rows, predict_memory(config, weights, target, context), context)
+    refused = tuple(refusals(target))
+    lost = {sm for each in refused for sm in each.sms}
+    left = replace(target, sms=tuple(sm for sm in target.sms if sm not in lost))
+    nothing = refused and not left.sms
+    rows = () if nothing else tuple(judge(use, left) for use in model_ops(config, weights, context))
+    return CheckReport(target, refused, rows, predict_memory(config, weights, target, context), context)

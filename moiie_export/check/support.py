@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 from moiie_export.check.cuda_support import cuda_lowering
 from moiie_export.check.model_ops import OpUse
-from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target, has_native_moe, runs_kernels
+from moiie_export.targets import OLDEST_SMS, Target, has_native_moe
+from moiie_runtime.backends.gpu_info import runs_kernels
 
 PLUGIN_SMS = frozenset({80, 86, 87, 89, 90, 100, 110, 120})
-"""GPUs with compiled kernels; others of the same generation run those of a lower number."""
+"""GPUs with compiled kernels, where the library is built for all of them."""
+PLUGIN_PTX = frozenset({89})
+"""Their PTX that is kept for others, which are newer."""
 
 MAX_TOP_K, MAX_PLUGIN_EXPERTS, MAX_HEAD_DIM, MAX_PLUGIN_HEAD_DIM = 3840, 64, 256, 128
 FLOAT32_OPS = frozenset({"router", "deformable_sample"})
@@ -40,7 +43,7 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Row:
-    """An op on a target. `sms`: those of the target that support it; all when `supported`."""
+    """An op on a target. `sms`: those of its GPUs that support it; all when `supported`."""
 
     op: str
     where: str
@@ -53,23 +56,14 @@ class Row:
 
 
 def judge(use: OpUse, target: Target) -> Row:
-    """The row of an op on a target."""
+    """The row of an op on a target, whose library builds for all its GPUs (see devices.py)."""
     found = _lowering(use, target)
-    known = DIALECT_SMS.get(target.dialect)
-    sms = (
-        tuple(sm for sm in target.sms if sm >= found.oldest and (known is None or sm in known))
-        if not found.refused
-        else ()
-    )
+    sms = () if found.refused else tuple(sm for sm in target.sms if sm >= found.oldest)
     missing = [sm for sm in target.sms if sm not in sms]
     supported = not found.refused and not missing
     reason = found.refused or found.reason
     if missing and not found.refused:
-        unknown = [sm for sm in missing if known is not None and sm not in known]
-        listed = ", ".join(map(str, sorted(known or ())))
-        verb = "is expected to build" if target.expected else "builds"
-        why = f"{target.backend} {verb} for {listed}" if unknown else f"needs SM {found.oldest} or above"
-        reason = f"not on SM {', '.join(map(str, missing))}: {why}"
+        reason = f"not on SM {', '.join(map(str, missing))}: needs SM {found.oldest} or above"
     plain = "float32" if use.op in FLOAT32_OPS else target.precision
     dtype = plain if use.format == "plain" else use.format + (f" / {use.group_size}" if use.group_size else "")
     return Row(use.op, use.where, dtype, dict(use.shape), found.name, sms, supported, reason)
@@ -78,11 +72,6 @@ def judge(use: OpUse, target: Target) -> Row:
 def _lowering(use: OpUse, target: Target) -> Lowering:
     if not target.sms or target.dialect in ("cpu", "cuda"):
         return _onnxruntime(use, target)
-    if target.precision == "float32":
-        return Lowering("-", "", refused="TensorRT's attention has no float32 kernels: precision float16 or bfloat16")
-    if target.precision == "bfloat16":
-        found = _TENSORRT[use.op](use, target)
-        return Lowering(found.name, found.reason, max(80, found.oldest), found.refused)
     return _TENSORRT[use.op](use, target)
 
 
@@ -92,8 +81,6 @@ def _onnxruntime(use: OpUse, target: Target) -> Lowering:
             return Lowering("-", "", refused=f"ONNX Runtime has no kernels for {use.format}: use int8 or int4")
         return Lowering("portable body", "multiplied out to float32 in every step: right, and slow")
     if target.dialect == "cuda":
-        if target.precision == "bfloat16":
-            return Lowering("-", "", refused="bfloat16 is not written for ONNX Runtime: precision float16 or float32")
         return Lowering(*cuda_lowering(use, target.precision))
     if use.format == "plain":
         return Lowering("portable graph", "standard ONNX, computed in float32" if not target.sms else "standard ONNX")
@@ -112,7 +99,10 @@ def _linear(use: OpUse, target: Target) -> Lowering:
     if use.format == "int4":
         return Lowering("DequantizeLinear(int4) + MatMul", "weights stay in 4 bits in the engine", OLDEST_SMS["int4"])
     if use.format == "int8":
-        return Lowering("DequantizeLinear(int8) + MatMul", "weights stay in 8 bits in the engine")
+        reason = "weights stay in 8 bits in the engine"
+        if target.dialect == "rtx":
+            reason += f", which copies all of them to {target.precision} to multiply"
+        return Lowering("DequantizeLinear(int8) + MatMul", reason)
     if use.format == "fp8":
         return Lowering("DequantizeLinear(fp8) + MatMul", "weights in E4M3, one scale a row", OLDEST_SMS["fp8"])
     reason = "activations rounded with the calibrated scale"
@@ -188,11 +178,10 @@ def _experts(use: OpUse, target: Target) -> Lowering:
     refused = _refused_experts(use, target)
     if refused:
         return Lowering("-", "", refused=refused)
-    if has_native_moe(target):
+    if has_native_moe(target) and use.format == "plain":
         return Lowering("TRT_MoE", "native layer; never built here")
     if target.plugins != "required":
-        name = "dense, all experts" if target.plugins == "off" else "plugin if loaded, else dense"
-        return Lowering(name, "every token through every expert: right, and slow")
+        return _dense_experts(use, target)
     if use.format == "plain":
         return Lowering("plugin ExpertDispatch", "reads only the experts that are routed to")
     if use.format == "fp8":
@@ -201,19 +190,29 @@ def _experts(use: OpUse, target: Target) -> Lowering:
     return Lowering("plugin QuantizedExpertDispatch", "dequantises in the kernel, reads only what is routed to", 80)
 
 
+def _dense_experts(use: OpUse, target: Target) -> Lowering:
+    reason = "every expert for every token: right, and slow"
+    if target.plugins == "optional":
+        reason += "; with --plugins the plugin"
+    if use.format != "plain":
+        kept = use.format == "int4" and target.banks == "constants"
+        reason += (
+            "; multiplied out in the product"
+            if kept
+            else f"; a layer at a time is multiplied out to {target.precision}"
+        )
+    return Lowering("dense body", reason, OLDEST_SMS.get(use.format, 0))
+
+
 def _refused_experts(use: OpUse, target: Target) -> str:
     """Why there is no form for these experts; empty when there is one."""
+    if use.format == "w8a8":
+        return "experts have no w8a8 form, in which their activations would be rounded: use fp8, int8 or int4"
     if target.plugins != "required":
-        return (
-            ""
-            if use.format == "plain"
-            else "quantised experts need the plugin library (plugins: required, or build with --plugins)"
-        )
+        return ""
     if use.size("experts") > MAX_PLUGIN_EXPERTS:
         return f"{use.size('experts')} experts: the plugin takes at most {MAX_PLUGIN_EXPERTS}"
-    if use.format == "w8a8":
-        return "the plugin has no w8a8 experts, whose activations would be rounded inside it: use fp8, int8 or int4"
-    lost = [sm for sm in target.sms if not runs_kernels(sm, PLUGIN_SMS)]
+    lost = [sm for sm in target.sms if not runs_kernels(sm, PLUGIN_SMS, PLUGIN_PTX)]
     return f"the plugin library has no kernels for SM {', '.join(map(str, lost))}" if lost else ""
 
 

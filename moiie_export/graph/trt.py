@@ -15,14 +15,20 @@ import onnx_ir as ir
 from moiie_export.graph.rewriting import clean
 from moiie_export.graph.trt_attention import lower_cached_attention
 from moiie_export.graph.trt_context import EXACT, TrtContext
-from moiie_export.graph.trt_experts import attach_dense_body, lower_experts
+from moiie_export.graph.trt_dense_experts import attach_dense_body
+from moiie_export.graph.trt_experts import lower_experts
 from moiie_export.graph.trt_inline import inline_bodies
 from moiie_export.graph.trt_moe import lower_native_moe
 from moiie_export.graph.trt_precision import convert_precision
 from moiie_export.graph.trt_prepare import lift_constants, prepare
 from moiie_export.graph.trt_quantized import lower_quantized_linear
 from moiie_export.graph.trt_rules import TRT10_INT4_OPSET, TRT10_IR_VERSION, TRT10_OPSET, check_rules
-from moiie_export.graph.trt_standard import lower_encoder_attention, lower_to_standard, strip_defaults
+from moiie_export.graph.trt_standard import (
+    compare_truths,
+    lower_encoder_attention,
+    lower_to_standard,
+    strip_defaults,
+)
 from moiie_export.ops import DOMAIN
 
 Pass = Callable[[ir.Model, TrtContext], None]
@@ -61,7 +67,10 @@ def use_old_opset(model: ir.Model, context: TrtContext) -> None:
     model.ir_version = TRT10_IR_VERSION
 
 
-_FIRST: tuple[Pass, ...] = (prepare, strip_defaults, lower_quantized_linear, lower_cached_attention, lower_experts)
+_FIRST: tuple[Pass, ...] = (
+    *(prepare, strip_defaults, compare_truths),
+    *(lower_quantized_linear, lower_cached_attention, lower_experts),
+)
 _LAST: tuple[Pass, ...] = (convert_precision, attach_dense_body, inline_bodies, finish)
 DIALECTS: dict[str, tuple[Pass, ...]] = {
     "rtx": (*_FIRST, lower_encoder_attention, *_LAST, check_rules),

@@ -2,7 +2,7 @@
 
 A bank holds experts that leave memory together and are stored alike: those a decode step can reach (`language`) and the
 others (`vision`), as one tensor [n, 2I, H] and one [n, H, I], each with its scales when it is quantised. Their results are
-added. The dense body computes every expert of a bank for every token: right, and slow.
+added. A bank that is bound has the same inputs whether a plugin computes it or the dense body (trt_dense_experts.py).
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx.parser
 import onnx_ir as ir
 
 from moiie_export.graph.rewriting import insert, replace
 from moiie_export.graph.trt_attention import PLUGIN
-from moiie_export.graph.trt_context import Bank, TrtContext
-from moiie_export.graph.trt_precision import precision_dtype
-from moiie_export.graph.trt_prepare import is_weight
+from moiie_export.graph.trt_context import EXACT, Bank, TrtContext
+from moiie_export.graph.trt_dense_experts import Multiplier
+from moiie_export.graph.trt_prepare import is_weight, late_weight
 from moiie_export.ops import DOMAIN
-from moiie_export.ops.op import function_text, vector
 
 PLAIN = 32
 """Bits of experts that are not quantised."""
@@ -79,50 +77,6 @@ def lower_experts(model: ir.Model, context: TrtContext) -> None:
         replace(node.outputs[0], total)
 
 
-def attach_dense_body(model: ir.Model, context: TrtContext) -> None:
-    """Give ExpertDispatch nodes their dense body where the plugin need not be there."""
-    needed = any((node.domain, node.op_type) == (DOMAIN, "ExpertDispatch") for node in model.graph)
-    if needed and context.target.plugins != "required":
-        body = onnx.parser.parse_function(dense_body(precision_dtype(context.target.precision)))
-        function = ir.serde.deserialize_function(body)
-        model.functions[(DOMAIN, "ExpertDispatch", "")] = function
-
-
-def dense_body(dtype: ir.DataType) -> str:
-    """The dense ONNX function of ExpertDispatch on a bank: every expert for every token, times its share.
-
-    Shares are float32 and results are added in it, whatever the type of hidden states and experts, `dtype`.
-    hidden [T, H], expert_ids [T, k] int32, expert_weights [T, k] float32, gate_up [n, 2I, H], down [n, H, I] -> [T, H]
-    """
-    lines = vector("last", [-1]) + vector("first", [0]) + vector("second", [1])
-    lines += """
-    columns = Constant <value_ints: ints = @experts> ()
-    nothing = Constant <value = float {0}> ()
-    ids = Cast <to = 7> (expert_ids)
-    id_column = Unsqueeze (ids, last)
-    hits = Equal (id_column, columns)
-    weight_column = Unsqueeze (expert_weights, last)
-    spread = Where (hits, weight_column, nothing)
-    shares = ReduceSum <keepdims = 0> (spread, second)
-    turned = Transpose <perm = [1, 0]> (shares)
-    share_column = Unsqueeze (turned, last)
-    rows = Unsqueeze (hidden, first)
-    gate_up_columns = Transpose <perm = [0, 2, 1]> (gate_up)
-    both = MatMul (rows, gate_up_columns)
-    gate, up = Split <axis = 2, num_outputs = 2> (both)
-    sigmoid = Sigmoid (gate)
-    silu = Mul (gate, sigmoid)
-    act = Mul (silu, up)
-    down_columns = Transpose <perm = [0, 2, 1]> (down)
-    each = MatMul (act, down_columns)
-    wide = Cast <to = 1> (each)
-    weighted = Mul (wide, share_column)
-    total = ReduceSum <keepdims = 0> (weighted, first)"""
-    lines += f"\n    out = Cast <to = {dtype.value}> (total)"
-    inputs = ["hidden", "expert_ids", "expert_weights", "gate_up", "down"]
-    return function_text("ExpertDispatch", (inputs, ["out"]), {"experts": ()}, lines)
-
-
 def _layer(node: ir.Node, context: TrtContext) -> int:
     names = [str(value.name) for value in node.inputs if value is not None]
     found = next((match for name in names if (match := _NAME.match(name))), None)
@@ -172,20 +126,27 @@ class _Bank:
         op, attributes = experts[0].op
         kinds = ("gate_up", "down", "gate_up_scales", "down_scales")[: len(experts[0].weights)]
         tensors = {f"{self.prefix}.{kind}": [each.weights[i] for each in experts] for i, kind in enumerate(kinds)}
-        given = [self._tensor(key, parts) for key, parts in tensors.items()]
         ids = tuple(each.id for each in experts)
-        if self.context.target.banks == "inputs":
-            stored = {
-                key: tuple(part.const_value for part in parts if part.const_value is not None)
-                for key, parts in tensors.items()
-            }
+        stored = {key: _stored(parts) for key, parts in tensors.items()}
+        bound = self.context.target.banks == "inputs"
+        dense = op != "ExpertDispatch" and self.context.target.plugins != "required"
+        form = experts[0]
+        multiplier = Multiplier(self.model, self.node, self.prefix, ids, form.bits, form.group_size)
+        given: list[ir.Value] = []
+        if bound:
+            given = [self._input(key, parts) for key, parts in stored.items()]
             self.context.banks.append(Bank(layer, name, ids, stored))
-        if op != "ExpertDispatch" and self.context.target.plugins != "required":
-            raise self.context.error(
-                self.node,
-                "quantised experts need the plugin library",
-                "build for a target with plugins: required, or export without quantised experts",
-            )
+        elif not dense:
+            given = [self._constant(key, parts) for key, parts in stored.items()]
+        if dense:
+            op, attributes = "ExpertDispatch", {}
+            weights, scales = list(stored.values())[:2], list(stored.values())[2:]
+            given = [
+                multiplier.from_inputs(kind, given[i], given[i + 2])
+                if bound
+                else multiplier.from_constants(kind, weights[i], scales[i])
+                for i, kind in enumerate(_KINDS)
+            ]
         plugin = {} if self.context.target.plugins == "off" else PLUGIN
         made = insert(
             self.node,
@@ -199,34 +160,34 @@ class _Bank:
         )
         return made.outputs[0]
 
-    def _tensor(self, name: str, parts: Sequence[ir.Value]) -> ir.Value:
-        """The stacked weights: an input of the engine, or a constant in it."""
-        first = parts[0].const_value
-        assert first is not None
-        packed = first.dtype == ir.DataType.INT4
-        shape = [len(parts), *first.shape.numpy()]
-        dtype = ir.DataType.INT8 if packed else first.dtype
-        if packed:
-            shape[-1] = -(-shape[-1] // 2)
-        if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and "scales" not in name:
-            dtype = ir.DataType.FLOAT
-        if self.context.target.banks == "inputs":
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-            self.model.graph.inputs.append(value)
-            return value
-        tensors = [part.const_value for part in parts]
-
-        def stacked() -> ir.TensorProtocol:
-            return ir.Tensor(np.stack([stored_numbers(each) for each in tensors]).astype(dtype.numpy()), dtype=dtype)
-
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(shape),
-            type=ir.TensorType(dtype),
-            const_value=ir.LazyTensor(stacked, dtype=dtype, shape=ir.Shape(shape), name=name),
-        )
-        self.model.graph.register_initializer(value)
+    def _input(self, name: str, tensors: Sequence[ir.TensorProtocol]) -> ir.Value:
+        """The stacked weights as an input of the engine."""
+        dtype, shape = _stacked(name, tensors)
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        if "scales" in name:
+            value.metadata_props[EXACT] = "1"
+        self.model.graph.inputs.append(value)
         return value
+
+    def _constant(self, name: str, tensors: Sequence[ir.TensorProtocol]) -> ir.Value:
+        """The stacked weights in the engine."""
+        return late_weight(
+            self.model, name, *_stacked(name, tensors), lambda: np.stack([stored_numbers(each) for each in tensors])
+        )
+
+
+def _stored(parts: Sequence[ir.Value]) -> tuple[ir.TensorProtocol, ...]:
+    return tuple(part.const_value for part in parts if part.const_value is not None)
+
+
+def _stacked(name: str, tensors: Sequence[ir.TensorProtocol]) -> tuple[ir.DataType, list[int]]:
+    """Type and shape of a bank's tensor: int4 two a byte; floats that are no scales get the target's precision later."""
+    first = tensors[0]
+    shape = [len(tensors), *first.shape.numpy()]
+    if first.dtype == ir.DataType.INT4:
+        return ir.DataType.INT8, [*shape[:-1], -(-shape[-1] // 2)]
+    plain = first.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and "scales" not in name
+    return ir.DataType.FLOAT if plain else first.dtype, shape
 
 
 def stored_numbers(tensor: ir.TensorProtocol | None) -> np.ndarray:

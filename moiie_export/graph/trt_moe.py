@@ -2,7 +2,7 @@
 
 The node is a call of the function trt::TRT_MoE, which TensorRT's parser replaces by the layer and everything else computes
 by its body. Weights lie there as [E, H, I] and [E, I, H]; turning them is free for constants only, so banks that are
-inputs keep the dense body.
+inputs or quantised keep the dense body.
 
 Shapes: B rows, S tokens, k experts a token, E experts, H hidden, I intermediate.
     hidden [B, S, H]; selected [B, S, k] int32, places among the E; scores [B, S, k]; gate, up [E, H, I]; down [E, I, H]
@@ -33,7 +33,7 @@ def lower_native_moe(model: ir.Model, context: TrtContext) -> None:
     nodes = [
         node
         for node in model.graph
-        if (node.domain, node.op_type) == (DOMAIN, "ExpertDispatch") and node.outputs[0].uses()
+        if (node.domain, node.op_type) == (DOMAIN, "ExpertDispatch") and node.outputs[0].uses() and _is_plain(node)
     ]
     for node in nodes:
         replace(node.outputs[0], _call(model, node))
@@ -42,6 +42,11 @@ def lower_native_moe(model: ir.Model, context: TrtContext) -> None:
         model.opset_imports[NATIVE_DOMAIN] = 1
         body = ir.serde.deserialize_function(onnx.parser.parse_function(native_body()))
         model.functions[(NATIVE_DOMAIN, NATIVE_OP, "")] = body
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether its weights are constants as they are, not made of quantised ones."""
+    return all(value is not None and value.const_value is not None for value in node.inputs[3:])
 
 
 def native_body() -> str:

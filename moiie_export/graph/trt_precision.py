@@ -42,6 +42,8 @@ _FLOAT32_INPUTS: Mapping[tuple[str, str], tuple[int, ...]] = {
 """Inputs that are float32 whatever the precision."""
 
 _FLOAT16_INPUTS: Mapping[tuple[str, str], tuple[int, ...]] = {(DOMAIN, "QuantizedExpertDispatch"): (5, 6)}
+_EXPERTS = frozenset({"ExpertDispatch", "QuantizedExpertDispatch", "Fp8ExpertDispatch"})
+"""Computed in the target's precision, also on rows that an island left in float32."""
 _PRODUCTS = frozenset({"Gemm", "MatMul", "Conv", "LayerNormalization", "RMSNormalization"})
 """Where float32 that one place needs may begin."""
 
@@ -118,8 +120,8 @@ class _Converter:
     def inputs(self) -> None:
         """Activations that the host gives, and experts."""
         for value in self.model.graph.inputs:
-            scales = bool(value.uses()) and all(use.idx in _kept_inputs(use.node) for use in value.uses())
-            if self.types[value] == FLOAT and value.name not in KEPT_INPUTS and not scales:
+            kept = value.name in KEPT_INPUTS or EXACT in value.metadata_props
+            if self.types[value] == FLOAT and not kept:
                 value.dtype = self.wanted
             self.now[value] = self.types[value] if value.dtype is None else value.dtype
 
@@ -178,6 +180,8 @@ class _Converter:
     def _compute_type(self, node: ir.Node) -> ir.DataType:
         if is_exact(node) or node.op_type in _FLOAT32_OPS or node.op_type == "Cast":
             return FLOAT
+        if node.domain == DOMAIN and node.op_type in _EXPERTS:
+            return self.wanted
         for value in node.inputs:
             if value is None or not self._is_float(value):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -44,6 +44,20 @@ def lift_constants(model: ir.Model) -> None:
 def is_weight(value: ir.Value | None) -> bool:
     """Whether a value is a parameter of the bundle, not a small constant of the graph."""
     return value is not None and isinstance(value.const_value, (ir.ExternalTensor, ir.LazyTensor))
+
+
+def late_weight(
+    model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], np.ndarray]
+) -> ir.Value:
+    """A parameter whose numbers are read when it is written, and let go."""
+
+    def made() -> ir.TensorProtocol:
+        return ir.Tensor(read().reshape(tuple(shape)).astype(dtype.numpy(), copy=False), dtype=dtype)
+
+    tensor = ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
 
 
 def _drop_storage_casts(model: ir.Model) -> None:

@@ -2,7 +2,8 @@
 
     python rtx_process.py OUT PLUGINS FOLDER...
 
-FOLDER is a bundle, or has graphs of a MoIIE in onnx/ whose two layers have experts
+FOLDER is a bundle, or has graphs of a MoIIE in onnx/ whose two layers have experts. One step is also built without plugins, as
+`dense`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ import onnx_ir as ir
 from moiie_export.builders.compile_engine import EngineJob, compile_engine
 from moiie_export.builders.engine_specs import Profile, engine_specs
 from moiie_export.builders.library import load_library, load_plugins
-from moiie_export.builders.plan_file import accelerators, causal_masks, plan_text, profile_bounds, read_header
+from moiie_export.builders.plan_file import (
+    accelerators,
+    causal_masks,
+    plan_text,
+    profile_bounds,
+    read_header,
+    work_memory,
+)
 from moiie_export.graph.trt import lower
 from moiie_export.graph.trt_context import TrtContext
 from moiie_runtime.bundle import Bundle
 from tests.trt_graphs import target
 
 SMS, BUCKETS = (86, 89, 120), (64, 1024)
+DENSE = ("phi3", "decoder_decode")
 PROFILES = {
     "decoder_prefill": (
         Profile("prefill_64", {"sequence": (1, 64, 64)}),
@@ -46,21 +55,24 @@ def _profiles(folder: Path, name: str, wanted: Any) -> tuple[Profile, ...]:
 def main(out: Path, plugins: Path, folders: list[Path]) -> None:
     library = load_library("tensorrt_rtx")
     load_plugins(library, plugins)
-    wanted = target("rtx", sms=SMS, prefill=BUCKETS, plugins="required")
     for folder in folders:
-        for graph in sorted((folder / "onnx").glob("*.onnx")):
-            start = time.monotonic()
+        jobs = [(graph, "required") for graph in sorted((folder / "onnx").glob("*.onnx"))]
+        if folder.name == DENSE[0]:
+            jobs.append((folder / "onnx" / f"{DENSE[1]}.onnx", "off"))
+        for graph, used in jobs:
+            start, library_file = time.monotonic(), plugins if used == "required" else None
+            wanted = target("rtx", sms=SMS, prefill=BUCKETS, plugins=used)
             context = TrtContext(graph.stem, wanted, dict.fromkeys((0, 1), (1, 2, 3)))
             lowered = lower(graph, context)
             ir.save(lowered, out / graph.name, external_data=f"{graph.stem}.data")
             output = out / "plan.engine"
             profiles = _profiles(folder, graph.stem, wanted)
-            job = EngineJob(graph.stem, out / graph.name, output, profiles, SMS, plugins, embed_plugins=False)
+            job = EngineJob(graph.stem, out / graph.name, output, profiles, SMS, library_file, embed_plugins=False)
             compile_engine(library, job, lambda *_: None)
             text = plan_text(output.read_bytes())
             found = {
                 "folder": folder.name,
-                "graph": graph.stem,
+                "graph": graph.stem if used == "required" else "dense",
                 "sms": read_header(output).sms,
                 "accelerators": sorted(accelerators(text)),
                 "bounds": sorted(set(profile_bounds(text))),
@@ -70,6 +82,7 @@ def main(out: Path, plugins: Path, folders: list[Path]) -> None:
                 "banks": {
                     name: list(v.shape) for v in lowered.graph.inputs if (name := str(v.name)).startswith("experts.")
                 },
+                "work": work_memory(text),
                 "bytes": output.stat().st_size,
                 "seconds": time.monotonic() - start,
             }

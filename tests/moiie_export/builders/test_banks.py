@@ -25,6 +25,7 @@ from moiie_export.ops.op import OPSET
 from moiie_export.quantize.methods import quantizer
 from moiie_export.quantize.packing import dequantize, restore, stored_arrays, stored_specs
 from moiie_export.quantize.scheme import GROUP_SIZES, Scheme
+from moiie_export.targets import Target
 from moiie_export.weights import Part, Weight, WeightMap
 from moiie_runtime.tensors import TensorFile, TensorWriter, read_header
 from tests.plugins.experts import TOLERANCE, relative_error
@@ -35,6 +36,7 @@ HIDDEN, INNER, LAYERS, EXPERTS, LANGUAGE = 256, 128, (1, 3), (0, 1, 2, 3), (1, 2
 SHAPES = {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
 FORMATS = [None, Scheme("fp8"), *(Scheme(name, group) for name in ("int8", "int4") for group in GROUP_SIZES)]
 FILE, BANKS = "weights.safetensors", "banks.safetensors"
+ORIN = target("orin")
 
 
 def ident(scheme: Scheme | None) -> str:
@@ -91,8 +93,8 @@ class Stored:
                 found.append(Weight(f"{name}.{kind}", (len(EXPERTS), *shape), parts, views=views))
         return tuple(found)
 
-    def context(self, component: str) -> TrtContext:
-        """The component lowered for an Orin; decode has the language experts alone."""
+    def context(self, component: str, wanted: Target = ORIN) -> TrtContext:
+        """The component lowered for a target; decode has the language experts alone."""
         experts = EXPERTS if component == "decoder_prefill" else LANGUAGE
         hidden, share = _value("hidden", ir.DataType.FLOAT, HIDDEN), _value("expert_weights", ir.DataType.FLOAT, 2)
         ids = _value("expert_ids", ir.DataType.INT32, 2)
@@ -137,10 +139,9 @@ class Stored:
             each(model, about)
         path = self.folder / f"{component}.onnx"
         ir.save(model, path)
-        context = TrtContext(component, target("orin"), dict.fromkeys(LAYERS, LANGUAGE))
-        lowered = lower(path, context)
-        context.inputs = {str(value.name): tensorrt._tensor(value) for value in lowered.graph.inputs}
-        self.nodes = list(lowered.graph)
+        context = TrtContext(component, wanted, dict.fromkeys(LAYERS, LANGUAGE))
+        self.model = lower(path, context)
+        context.inputs = {str(value.name): tensorrt._tensor(value) for value in self.model.graph.inputs}
         return context
 
     def write_banks(self, contexts: list[TrtContext]) -> TensorFile:
@@ -202,7 +203,7 @@ def test_the_kernel_computes_the_layer_from_these_bytes(
     shares = torch.rand(tokens, 2, generator=random)
     layer = LAYERS[-1]
     total = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
-    for node in stored.nodes:
+    for node in stored.model.graph:
         names = [str(value.name) for value in node.inputs[3:] if value is not None]
         if not names or not names[0].startswith(f"experts.{layer}."):
             continue

@@ -17,9 +17,14 @@ from moiie_export.builders.engine_specs import EngineSpec, Profile
 from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
 from moiie_export.builders.tensorrt import _with_plugins
 from moiie_export.check.model_ops import OpUse
-from moiie_export.check.support import MAX_PLUGIN_HEAD_DIM, judge
-from moiie_export.targets import BUILT_IN, runs_kernels
+from moiie_export.check.support import MAX_PLUGIN_HEAD_DIM, PLUGIN_PTX, PLUGIN_SMS, judge
+from moiie_export.targets import BUILT_IN
+from moiie_plugins.build import SMS
+from moiie_plugins.compile import fallback_sm
+from moiie_runtime.backends import gpu_info
+from moiie_runtime.backends.gpu_info import runs_kernels
 from moiie_runtime.errors import MissingDependency
+from moiie_runtime.strict_files import sha256_file
 from tests.conftest import ROOT
 
 RTX, ORIN, SERVER = (BUILT_IN[name] for name in ("rtx", "orin", "server"))
@@ -41,14 +46,31 @@ def test_gpus_that_a_library_does_not_build_for(target: Any, sm: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["int4", "int8", "fp8"])
-def test_quantised_experts_need_plugins(form: str) -> None:
-    target = replace(RTX, sms=(89,))
-    check_formats(bundle(**{"decoder.lm_head.weight": form}), target)
-    check_formats(bundle(experts=form), replace(target, plugins="required"))
+def test_quantised_experts_need_no_plugins(form: Any) -> None:
+    """A build takes what `moiie check` says that it takes; only GPUs without the arithmetic are refused, by both."""
+    use = OpUse("experts", "language experts", (("experts", 300), ("top_k", 2)), form, 0 if form == "fp8" else 32)
     for plugins in ("optional", "off"):
-        with pytest.raises(MissingDependency, match=f"experts are stored as {form}") as caught:
-            check_formats(bundle(experts=form), replace(target, plugins=plugins))
-        assert "--plugins" in str(caught.value.hint)
+        for banks in ("inputs", "constants"):
+            target = replace(RTX, sms=(89, 120), plugins=plugins, banks=banks)  # type: ignore[arg-type]
+            row = judge(use, target)
+            assert (row.supported, row.lowering) == (True, "dense body"), row.reason
+            assert row.reason.startswith("every expert for every token: right, and slow")
+            assert ("--plugins" in row.reason) == (plugins == "optional")
+            assert ("a layer at a time is multiplied out" in row.reason) == ((form, banks) != ("int4", "constants"))
+            check_formats(bundle(experts=form), target)
+            older = replace(target, sms=(86, 89))
+            assert judge(use, older).supported == (form != "fp8")
+            if form == "fp8":
+                with pytest.raises(MissingDependency, match="need SM 89 or above, not SM 86"):
+                    check_formats(bundle(experts=form), older)
+
+
+def test_experts_have_no_form_that_rounds_activations() -> None:
+    use = OpUse("experts", "language experts", (("experts", 4), ("top_k", 2)), "w8a8")
+    for plugins in ("required", "optional", "off"):
+        row = judge(use, replace(RTX, plugins=plugins))  # type: ignore[arg-type]
+        assert not row.supported
+        assert "w8a8" in row.reason
 
 
 def test_a_library_that_is_given_is_used(tmp_path: Path) -> None:
@@ -61,8 +83,10 @@ def test_a_library_that_is_given_is_used(tmp_path: Path) -> None:
 
 def write_library(folder: Path, about: Any) -> Path:
     library = folder / "libmoiie_plugins.so"
-    library.write_bytes(b"")
-    library.with_suffix(".json").write_text(about if isinstance(about, str) else json.dumps(about))
+    library.write_bytes(b"kernels")
+    if isinstance(about, dict):
+        about = json.dumps({"library": {"sha256": sha256_file(library)}, **about})
+    library.with_suffix(".json").write_text(about)
     return library
 
 
@@ -78,8 +102,15 @@ def test_a_library_without_kernels_for_the_gpu(tmp_path: Path) -> None:
         assert caught.value.hint == f"moiie plugins build --sm {','.join(map(str, sorted((sm, 87, 89))))}"
 
 
-@pytest.mark.parametrize("about", ["", "[]", "{}", '{"sms": 3, "ptx_isa": {}}', '{"sms": ["x"], "ptx_isa": {}}'])
-def test_of_a_library_without_a_description_nothing_is_said(tmp_path: Path, about: str) -> None:
+@pytest.mark.parametrize(
+    "about",
+    [
+        *("", "[]", "{}", {"sms": 3, "ptx_isa": {}}, {"sms": ["x"], "ptx_isa": {}}),
+        {"sms": [87], "ptx_isa": {}, "library": {"sha256": "of another"}},
+    ],
+    ids=str,
+)
+def test_of_a_library_without_a_description_nothing_is_said(tmp_path: Path, about: Any) -> None:
     library = write_library(tmp_path, about)
     request = BuildRequest(tmp_path, replace(RTX, plugins="required"), plugin_library=library)
     assert plugin_library(request, bundle()) == library
@@ -92,9 +123,25 @@ def test_kernels_of_a_generation_and_portable_ones() -> None:
         (90, (89,), ()): False,
         (90, (), (89,)): True,
         (86, (), (89,)): False,
+        (87, (80, 86), ()): False,  # a system on a chip
+        (87, (87,), ()): True,
+        (89, (87,), ()): False,
+        (103, (100,), ()): False,  # compiled for exactly one
+        (103, (100,), (89,)): True,
+        (110, (110,), ()): True,
     }
     for (sm, compiled, portable), wanted in cases.items():
         assert runs_kernels(sm, compiled, portable) is wanted
+
+
+def test_the_library_chooses_its_kernels_by_the_same_rule() -> None:
+    """The constants in C++; its choice itself is tested there."""
+    source = (ROOT / "plugins" / "src" / "launch_table.cpp").read_text(encoding="utf-8")
+    assert f"kFirstExactSm = {gpu_info.FIRST_EXACT};" in source
+    listed = " || ".join(f"sm == {sm}" for sm in sorted(gpu_info.EMBEDDED))
+    assert f"bool is_embedded(int32_t sm) {{ return {listed}; }}" in source
+    assert set(SMS) == PLUGIN_SMS
+    assert {fallback_sm(SMS)} == PLUGIN_PTX
 
 
 def test_command_lines_say_what_the_builder_does() -> None:
