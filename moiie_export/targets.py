@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -38,8 +38,8 @@ class Target:
         batch: rows of prefill and decode; decode has static shapes.
         images: most pictures that the vision encoder takes at once.
         residency: `after_prefill` releases the vision encoder and its experts before the answer.
-        plugins: `required`: nodes of the plugin library stay; `optional`: the library is used for nothing that standard
-            layers can do; `off`: no plugin at all.
+        plugins: `required`: nodes of the plugin library stay; `optional`: as required when a build is given a library, else
+            as off; `off`: standard layers alone, where each token goes through every expert.
         banks: expert weights bound when the engine runs (`inputs`), or stored in the engine (`constants`).
         embed_plugins: the plugin library is stored in the engine; else it lies beside it.
         threads: of a CPU; None: as many as there are cores.
@@ -121,11 +121,6 @@ NATIVE_MOE_SMS = frozenset({100, 103})
 """GPUs for which TensorRT 11 has a layer for experts, by NVIDIA's documents."""
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-
-def runs_kernels(sm: int, compiled: Iterable[int], portable: Iterable[int] = ()) -> bool:
-    """Whether a GPU runs one of these kernels: those of its generation that are not newer, and PTX that is not."""
-    return any(each // 10 == sm // 10 and each <= sm for each in compiled) or any(each <= sm for each in portable)
 
 
 def has_native_moe(target: Target) -> bool:

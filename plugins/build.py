@@ -66,9 +66,12 @@ def build_library(
         progress: called with a stage's name, steps done and steps in all.
 
     Raises:
-        MissingDependency: Triton, CMake, a C++ compiler or TensorRT's headers are missing.
+        MissingDependency: Triton, CMake, a C++ compiler or TensorRT's headers are missing, or kernels for an SM.
         MoiieError: a compiler refuses, or OUT cannot be written.
     """
+    from moiie_plugins.compile import check_sms
+
+    check_sms(sms)
     headers = find_headers()
     _check_tools()
     with write_errors(out):
@@ -88,8 +91,8 @@ def compile_for(
     """Compile the kernels into a folder: images and launch table, also in the form that C++ reads.
 
     Raises:
-        MissingDependency: Triton is not installed.
-        MoiieError: an SM is unknown, or a kernel does not fit it.
+        MissingDependency: Triton is not installed, or there are no kernels for an SM.
+        MoiieError: a kernel does not fit its GPU.
     """
     from moiie_plugins.compile import compile_kernels
 

@@ -63,11 +63,18 @@ def _triton_version() -> str:
         ) from None
 
 
-def _check_sms(sms: Sequence[int]) -> None:
+def check_sms(sms: Sequence[int]) -> None:
+    """Refuse GPUs for which there are no kernels.
+
+    Raises:
+        MissingDependency: naming them, and those there are.
+        MoiieError: there is none in the list.
+    """
     unknown = sorted({sm for sm in sms if sm not in SUPPORTED_SMS})
     known = ", ".join(map(str, SUPPORTED_SMS))
     if unknown:
-        raise MoiieError(f"no kernels are made for SM {', '.join(map(str, unknown))}", f"supported SMs: {known}")
+        listed = ", ".join(map(str, unknown))
+        raise MissingDependency(f"no kernels are made for SM {listed}", f"there are kernels for SM {known}")
     if not sms:
         raise MoiieError("no SM to compile the kernels for", f"name some of {known}")
 
@@ -219,11 +226,11 @@ def compile_kernels(
         The launch table.
 
     Raises:
-        MissingDependency: Triton is not installed.
-        MoiieError: an SM is unknown, nothing is selected that one of them runs, or a kernel does not fit its GPU.
+        MissingDependency: Triton is not installed, or there are no kernels for an SM.
+        MoiieError: nothing is selected that one of them runs, or a kernel does not fit its GPU.
     """
     triton = _triton_version()
-    _check_sms(sms)
+    check_sms(sms)
     selected = _selected(sms, select)
     cache = out / "images"
     cache.mkdir(parents=True, exist_ok=True)

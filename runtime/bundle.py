@@ -89,7 +89,8 @@ class Bundle(Manifest):
         Raises:
             Unsound: naming every such file.
         """
-        problems = [problem for name, record in self.files.items() if (problem := self._stat(name, record))]
+        found = (file_problem(self.path(name), name, record, MANIFEST_NAME) for name, record in self.files.items())
+        problems = [problem for problem in found if problem]
         if problems:
             raise Unsound(
                 f"{self.root}: the bundle is damaged: " + "; ".join(problems),
@@ -105,9 +106,7 @@ class Bundle(Manifest):
         """
         problems = []
         for name, record in sorted(self.files.items()):
-            problem = self._stat(name, record)
-            if problem is None and (digest := sha256_file(self.path(name))) != record.sha256:
-                problem = f"{name}: sha256 is {digest}, bundle.json says {record.sha256}"
+            problem = file_problem(self.path(name), name, record, MANIFEST_NAME, read=True)
             if problem is not None:
                 problems.append(problem)
         folders = {self.path(component.file).parent for component in self.components.values()}
@@ -132,18 +131,31 @@ class Bundle(Manifest):
                     _DAMAGED,
                 )
 
-    def _stat(self, name: str, record: FileRecord) -> str | None:
-        path = self.path(name)
-        if not path.is_file():
-            return f"{name}: is missing"
-        size = path.stat().st_size
-        return None if size == record.bytes else f"{name}: has {size} bytes, bundle.json says {record.bytes}"
-
     def _outside(self, relative: str, reason: str) -> MoiieError:
         return MoiieError(
             f"{self.root / MANIFEST_NAME}: path {quote(relative)} {reason}",
             "a bundle only refers to files inside itself; do not use this one unless you know who wrote it",
         )
+
+
+def file_problem(path: Path, name: str, record: FileRecord, document: str, *, read: bool = False) -> str | None:
+    """How a file differs from what is recorded of it; None when it does not.
+
+    Args:
+        path: the file.
+        name: what it is called there.
+        record: its digest and size.
+        document: where they are recorded.
+        read: compare the digest too.
+    """
+    if not path.is_file():
+        return f"{name}: is missing"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{name}: has {size} bytes, {document} says {record.bytes}"
+    if read and (digest := sha256_file(path)) != record.sha256:
+        return f"{name}: sha256 is {digest}, {document} says {record.sha256}"
+    return None
 
 
 def _existing_directory(path: Path) -> Path:

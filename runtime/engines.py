@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moiie_runtime.backends import prepare
+from moiie_runtime.backends import check_machine, needs_device, prepare
 from moiie_runtime.backends.session import EngineOptions
 from moiie_runtime.bundle import MAX_MANIFEST_BYTES, Bundle
+from moiie_runtime.engine_sections import check_sections
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.fields import Fields
 from moiie_runtime.manifest import KvSettings, read_components, read_files, read_residency
@@ -37,6 +39,7 @@ class Engine:
         prepack: see `EngineOptions`.
         document: engine.json as its builder wrote it, for what only its backend reads.
         portable: the bundle as it was exported.
+        gpu: which of the GPUs that the process sees runs it; of no meaning where none does.
     """
 
     target: str
@@ -47,6 +50,7 @@ class Engine:
     prepack: bool
     portable: Bundle
     document: Mapping[str, Any] = field(default_factory=dict)
+    gpu: int = 0
 
     @property
     def folder(self) -> str:
@@ -62,6 +66,18 @@ class Engine:
     def releases_after_prefill(self) -> bool:
         """Whether the target asks that what only the prompt needs leaves the device before the answer."""
         return (self.document.get("settings") or {}).get("residency") == "after_prefill"
+
+    def on(self, gpu: int) -> Engine:
+        """The same on this GPU. Whether there is one is found out when it is opened.
+
+        Raises:
+            MoiieError: not a number of a GPU, or it runs on none.
+        """
+        if isinstance(gpu, bool) or not isinstance(gpu, int) or gpu < 0:
+            raise MoiieError(f"gpu must be an integer of at least 0, got {gpu!r}")
+        if not needs_device(self.backend):
+            raise MoiieError(f"gpu: target {self.target} was not built for a GPU", "name the target of one that was")
+        return replace(self, gpu=gpu)
 
     def options(self) -> EngineOptions:
         """What its sessions need, made once for all of them; the caller closes it.
@@ -79,13 +95,28 @@ class Engine:
             return EngineOptions((), self.prepack, engine=self)
         from moiie_runtime import native
 
-        if self.needs[KERNELS] != str(native.LAYOUT):
+        self._check_layout()
+        return EngineOptions((native.library(),), self.prepack, engine=self)
+
+    def check(self) -> None:
+        """Look whether this machine can run it; nothing is compiled and no device opened.
+
+        Raises:
+            MissingDependency: what is missing first, and what to do about it.
+        """
+        check_machine(self)
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        from moiie_runtime import native
+
+        wanted = self.needs.get(KERNELS)
+        if wanted is not None and wanted != str(native.LAYOUT):
             raise MissingDependency(
-                f"{self.bundle.root}: engine {self.target} has weights in layout {self.needs[KERNELS]} of our kernels, "
+                f"{self.bundle.root}: engine {self.target} has weights in layout {wanted} of our kernels, "
                 f"this version reads layout {native.LAYOUT}",
                 self.build,
             )
-        return EngineOptions((native.library(),), self.prepack, engine=self)
 
 
 def built_targets(bundle: Bundle) -> list[str]:
@@ -104,27 +135,44 @@ def open_engine(bundle: Bundle, target: str) -> Engine:
     folder = bundle.path(f"{ENGINES}/{target}")
     build = f"moiie build {bundle.root} --target {target}"
     if not (folder / DOCUMENT).is_file():
-        there = ", ".join(built_targets(bundle)) or "none"
-        raise MissingDependency(f"{bundle.root}: not built for target {target!r} (built: {there})", build)
-    raw = read_json_object(folder / DOCUMENT, MAX_MANIFEST_BYTES, f"build it again: {build}")
-    top = Fields(raw, str(folder / DOCUMENT), hint=f"build it again: {build}")
-    if top.integer("schema", 1) > SCHEMA:
-        raise MoiieError(f"{folder / DOCUMENT}: written by a newer version", "update moiie-export, or build it again")
-    _check_source(bundle, raw, str(folder), build)
+        there = built_targets(bundle)
+        close = difflib.get_close_matches(target, there, n=1)
+        hint = f"did you mean {close[0]}? else: {build}" if close else build
+        said = f"{bundle.root}: not built for target {target!r} (built: {', '.join(there) or 'none'})"
+        raise MissingDependency(said, hint)
+    raw, top = read_document(bundle, target)
+    changed = changed_source(bundle, raw)
+    if changed is not None:
+        raise MoiieError(
+            f"{folder}: was built from another export of this bundle ({changed} differs)", f"build it again: {build}"
+        )
+    check_sections(top)
     threads = top.optional_integer("threads", 1)
     built = _in_place(bundle, top, target)
     return Engine(target, top.string("backend"), built, _needs(top), threads, top.boolean("prepack"), bundle, raw)
 
 
-def _check_source(bundle: Bundle, raw: Mapping[str, Any], folder: str, build: str) -> None:
-    """An engine of an earlier export would answer with an earlier model."""
+def read_document(bundle: Bundle, target: str) -> tuple[dict[str, Any], Fields]:
+    """engine.json of a target, as it is and for strict reading.
+
+    Raises:
+        MoiieError: it is missing, damaged, or of a newer schema.
+    """
+    path = bundle.path(f"{ENGINES}/{target}/{DOCUMENT}")
+    hint = f"build it again: moiie build {bundle.root} --target {target}"
+    raw = read_json_object(path, MAX_MANIFEST_BYTES, hint)
+    top = Fields(raw, str(path), hint=hint)
+    if top.integer("schema", 1) > SCHEMA:
+        raise MoiieError(f"{path}: written by a newer version", "update moiie-export, or build it again")
+    return raw, top
+
+
+def changed_source(bundle: Bundle, raw: Mapping[str, Any]) -> str | None:
+    """A file of the bundle that is not the one an engine was built from: it would answer with an earlier model."""
     source = raw.get("source")
     recorded = source if isinstance(source, dict) else {}
-    changed = [name for name, record in bundle.files.items() if _counts(name) and recorded.get(name) != record.sha256]
-    if changed:
-        raise MoiieError(
-            f"{folder}: was built from another export of this bundle ({changed[0]} differs)", f"build it again: {build}"
-        )
+    changed = (name for name, record in bundle.files.items() if _counts(name) and recorded.get(name) != record.sha256)
+    return next(changed, None)
 
 
 def _counts(name: str) -> bool:

@@ -36,7 +36,7 @@ from moiie_runtime.vision import Vision
 FEATURE_CACHE = 64 * 2**20
 
 
-def load(
+def load(  # noqa: PLR0913 - settings, each given by its name
     path: str | os.PathLike[str],
     *,
     target: str | None = None,
@@ -44,6 +44,7 @@ def load(
     memory_limit: int | str | None = None,
     feature_cache: int | str = FEATURE_CACHE,
     skip_below: float | None = None,
+    gpu: int | None = None,
 ) -> VLM:
     """Open a bundle for asking.
 
@@ -59,6 +60,7 @@ def load(
             no vision encoder. 0 keeps none.
         skip_below: leave out vision experts that are expected to add less than this share; see `Vision`. An
             approximation, off by default.
+        gpu: which GPU runs a form that was built for one, as `moiie doctor` numbers them; None: the first.
 
     Raises:
         MoiieError: no bundle, a damaged one, a form it was not built in, or a bad argument.
@@ -69,7 +71,7 @@ def load(
     limit = None if memory_limit is None else parse_size(memory_limit)
     keeps_none = feature_cache in (0, "0") and not isinstance(feature_cache, bool)
     budget = 0 if keeps_none else parse_size(feature_cache)
-    bundle, open_session, options = _opened(Bundle.open(path), target, threads)
+    bundle, open_session, options = _opened(Bundle.open(path), target, threads, gpu)
     try:
         return VLM(bundle, open_session, limit, feature_cache=budget, skip_below=skip_below, options=options)
     except BaseException:
@@ -78,17 +80,18 @@ def load(
 
 
 def _opened(
-    bundle: Bundle, target: str | None, threads: int | None
+    bundle: Bundle, target: str | None, threads: int | None, gpu: int | None
 ) -> tuple[Bundle, Callable[[str], Session], EngineOptions]:
     """The form of a bundle that will run, what opens its graphs, and the options of these."""
     wanted = target or (DEFAULT_TARGET if DEFAULT_TARGET in built_targets(bundle) else PORTABLE)
     options = PORTABLE_OPTIONS
-    if wanted == PORTABLE:
-        backend = "onnxruntime"
-    elif wanted in backend_names():
-        backend = wanted
+    if wanted == PORTABLE or wanted in backend_names():
+        backend = "onnxruntime" if wanted == PORTABLE else wanted
+        if gpu is not None:
+            raise MoiieError(f"gpu: {wanted} is no form that was built for a GPU", "name the target of one")
     else:
         engine = open_engine(bundle, wanted)
+        engine = engine if gpu is None else engine.on(gpu)
         bundle, backend, threads = engine.bundle, engine.backend, threads or engine.threads
         options = engine.options()
     opener = get_backend(backend)

@@ -27,6 +27,7 @@ class HostDevice:
         self.closed = False
         self.held: dict[int, int] = {}
         """Bytes of every buffer by its address."""
+        self.peak = 0
 
     def activate(self) -> None:
         assert not self.closed, "the device was closed"
@@ -58,6 +59,7 @@ class HostBuffer:
         self._device, self._raw, self.dtype, self._whole = device, raw, dtype, whole
         if whole:
             device.held[self.address] = raw.nbytes
+            device.peak = max(device.peak, sum(device.held.values()))
 
     @property
     def shape(self) -> tuple[int, ...]:

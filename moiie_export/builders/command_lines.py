@@ -16,15 +16,19 @@ def command_lines(bundle: Bundle, target: Target, specs: list[EngineSpec]) -> It
     """
     for spec in specs:
         shapes = [_profile_shapes(bundle, target, spec, which) for which in range(3)]
-        plugins = (
-            target.plugins == "required" and bundle.model.moe is not None and spec.component.startswith("decoder_")
-        )
+        plugins = _has_plugins(bundle, target, spec)
         if target.backend == "tensorrt_rtx" and plugins:
             yield f"# {spec.component}: Polygraphy finds none of our plugins for RTX; only `moiie build` builds it"
         elif target.backend == "tensorrt_rtx":
             yield _polygraphy(target, spec, shapes)
         else:
-            yield _trtexec(target, spec, shapes)
+            yield _trtexec(target, spec, shapes, plugins)
+
+
+def _has_plugins(bundle: Bundle, target: Target, spec: EngineSpec) -> bool:
+    """Whether the graph has nodes that the plugin library computes: experts, and for TensorRT 10 the KV cache."""
+    moe = bundle.model.moe is not None
+    return target.plugins == "required" and spec.component.startswith("decoder_") and (moe or target.dialect == "trt10")
 
 
 def _profile_shapes(bundle: Bundle, target: Target, spec: EngineSpec, which: int) -> list[dict[str, list[int]]]:
@@ -52,10 +56,10 @@ def _polygraphy(target: Target, spec: EngineSpec, shapes: list[list[dict[str, li
     return " ".join(words)
 
 
-def _trtexec(target: Target, spec: EngineSpec, shapes: list[list[dict[str, list[int]]]]) -> str:
+def _trtexec(target: Target, spec: EngineSpec, shapes: list[list[dict[str, list[int]]]], plugins: bool) -> str:
     words = ["trtexec", f"--onnx=graphs/{spec.component}.onnx", f"--saveEngine={spec.file}", "--stronglyTyped"]
     words.append("--timingCacheFile=timing.cache")
-    if target.plugins != "off":
+    if plugins:
         words.append("--dynamicPlugins=libmoiie_plugins.so")
         words += ["--setPluginsToSerialize=libmoiie_plugins.so"] if target.embed_plugins else []
         words += ["--preview=+aliasedPluginIO1003"] if target.dialect == "trt10" else []

@@ -31,7 +31,7 @@ class EngineJob:
         output: the engine file.
         profiles: sizes of open dimensions.
         sms: compute capabilities; those of the GPU here when the library builds for no other.
-        plugins: the plugin library, or None.
+        plugins: the plugin library; None where the graph has no node for it.
         embed_plugins: whether it is stored in the engine.
         timing_cache: measured kernels of earlier builds, read and written; None: none.
     """

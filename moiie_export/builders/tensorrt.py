@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,20 @@ from moiie_export.builders.floors import cuda_floor
 from moiie_export.builders.library import Library, installed_version, load_library
 from moiie_export.builders.output import describe, finished, write_output
 from moiie_export.builders.plan_file import read_header
+from moiie_export.builders.plugin_kernels import library_kernels
 from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
 from moiie_export.disk import copy_file
 from moiie_export.stages import Progress
-from moiie_export.targets import Target
+from moiie_export.targets import DIALECT_SMS, Target
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency, MoiieError
+from moiie_runtime.sizes import readable
 from moiie_runtime.strict_files import sha256_file
 
 if TYPE_CHECKING:
     from moiie_export.graph.trt_context import TrtContext
 
-BUILDER_CODE = 3
+BUILDER_CODE = 4
 """Raised whenever the same bundle and target would give another result."""
 PLUGINS_FILE = "libmoiie_plugins.so"
 TIMING_CACHE = "timing.cache"
@@ -88,7 +90,7 @@ def plan_engines(request: BuildRequest) -> BuildPlan:
         notes.append(f"{error.message}: {error.hint}")
     head = _head(request, bundle, version or "", plugins)
     for spec in specs:
-        sizes = f"{spec.constants / 2**20:.1f} MiB of constants, {spec.banks / 2**20:.1f} MiB of experts as inputs"
+        sizes = f"{readable(spec.constants)} of constants, {readable(spec.banks)} of experts as inputs"
         notes.append(f"{spec.component}: profiles {', '.join(each.name for each in spec.profiles)}; {sizes}")
     return BuildPlan(
         cached=not request.force and finished(request, head) is not None,
@@ -114,7 +116,7 @@ def supported_sms(library: Library, target: Target) -> tuple[int, ...]:
         wanted = ", ".join(str(sm) for sm in target.sms)
         raise MissingDependency(
             f"target {target.name}: TensorRT builds for the GPU of the machine it runs on; {found}, the target wants SM {wanted}",
-            "copy the bundle to the device and build it there",
+            "copy the bundle to the device and build it there; of several GPUs CUDA_VISIBLE_DEVICES names the one",
         )
     return (here,)
 
@@ -128,18 +130,20 @@ class _Build:
     library: Library
     plugins: Path | None
     progress: Progress
+    with_plugins: set[str] = field(default_factory=set)
+    """Components whose graphs have nodes that the plugin library computes."""
 
     def fill(self, directory: Path, specs: list[EngineSpec]) -> Mapping[str, Any]:
         """Write engines, banks and what belongs to them; returns the rest of engine.json."""
         target = self.request.target
-        if self.plugins is not None and not target.embed_plugins:
-            copy_file(self.plugins, directory / PLUGINS_FILE)
         components, contexts = {}, []
         for spec in specs:
             context, graph = self._graph(spec, directory)
             components[spec.component] = self._engine(spec, context, graph, directory)
             contexts.append(context)
         self._banks(directory, contexts)
+        if self.plugins is not None and self.with_plugins and not target.embed_plugins:
+            copy_file(self.plugins, directory / PLUGINS_FILE)
         for folder in (_WORK,) if self.request.keep_graphs else (_WORK, _GRAPHS):
             shutil.rmtree(directory / folder, ignore_errors=True)
         return {
@@ -152,6 +156,7 @@ class _Build:
             "prefill_chunk": min(max(target.prefill), self.bundle.kv_cache.capacity),
             "needs": {self.library.name: self.library.version},
             "sms": list(target.sms),
+            "library_sms": _library_sms(self.library, target),
             "floor": cuda_floor(self.library.name),
             "banks": _unique_banks(contexts),
             "plugins": self._plugins(),
@@ -161,6 +166,8 @@ class _Build:
         """The component's graph in the target's dialect, with its weights beside it."""
         self.progress(f"{spec.component}: graph", 0, 1)
         model, context = lower_component(self.bundle, spec.component, self.request.target)
+        if any("plugin_namespace" in node.attributes for node in model.graph) and self.plugins is not None:
+            self.with_plugins.add(spec.component)
         path = save_graph(model, spec.component, directory / _GRAPHS)
         context.inputs = {str(v.name): _tensor(v) for v in model.graph.inputs}
         context.outputs = {str(v.name): _tensor(v) for v in model.graph.outputs}
@@ -174,7 +181,7 @@ class _Build:
             output=directory / spec.file,
             profiles=spec.profiles,
             sms=target.sms,
-            plugins=self.plugins,
+            plugins=self.plugins if spec.component in self.with_plugins else None,
             embed_plugins=target.embed_plugins,
             timing_cache=self._timing_cache(directory),
         )
@@ -190,6 +197,7 @@ class _Build:
             "profiles": [{"name": each.name, "sizes": dict(each.sizes)} for each in spec.profiles],
             "attention": context.attention,
             "aliases": context.aliases,
+            "plugins": spec.component in self.with_plugins,
         }
 
     def _timing_cache(self, directory: Path) -> Path | None:
@@ -214,10 +222,16 @@ class _Build:
         write_banks(directory / BANKS_FILE, inputs, parts)
 
     def _plugins(self) -> dict[str, Any] | None:
-        if self.plugins is None:
+        """What the runtime must know of the library; None where no graph has a node for it."""
+        if self.plugins is None or not self.with_plugins:
             return None
-        embedded = self.request.target.embed_plugins
-        return {"sha256": _digest(self.plugins), "file": None if embedded else PLUGINS_FILE, "embedded": embedded}
+        embedded, kernels = self.request.target.embed_plugins, library_kernels(self.plugins)
+        return {
+            "sha256": _digest(self.plugins),
+            "file": None if embedded else PLUGINS_FILE,
+            "embedded": embedded,
+            "kernels": None if kernels is None else asdict(kernels),
+        }
 
     @staticmethod
     def _in_place(context: TrtContext) -> bool:
@@ -251,6 +265,12 @@ def _unique_banks(contexts: list[TrtContext]) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 
+def _library_sms(library: Library, target: Target) -> list[int]:
+    """The GPUs that this target could be built for, for whoever has another one."""
+    known = DIALECT_SMS[target.dialect]
+    return sorted(known.intersection(library.sms) if library.sms else known)
+
+
 def _check_header(path: Path, library: Library, target: Target) -> None:
     """The engine says of itself what was asked for."""
     header = read_header(path)
@@ -271,7 +291,9 @@ def _with_plugins(request: BuildRequest) -> BuildRequest:
 
 
 def _head(request: BuildRequest, bundle: Bundle, version: str, plugins: Path | None) -> dict[str, Any]:
-    code = [BUILDER_CODE, _digest(plugins), request.keep_graphs]
+    kernels = None if plugins is None else library_kernels(plugins)
+    described = None if kernels is None else asdict(kernels)
+    code = [BUILDER_CODE, _digest(plugins), described, request.keep_graphs]
     return describe(request, bundle, (request.target.backend, version), code)
 
 
@@ -295,7 +317,7 @@ def _check_memory(request: BuildRequest, specs: list[EngineSpec]) -> None:
     peak = _peak(request.target, specs)
     if request.memory_limit is not None and peak > request.memory_limit:
         raise MissingDependency(
-            f"target {request.target.name}: building is predicted to take {peak / 2**30:.1f} GiB of memory, "
-            f"{request.memory_limit / 2**30:.1f} GiB may be used",
+            f"target {request.target.name}: building is predicted to take {readable(peak)} of memory, "
+            f"{readable(request.memory_limit)} may be used",
             "free some memory, or raise --memory-limit; banks: inputs and quantised weights make engines smaller",
         )

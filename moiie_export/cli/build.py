@@ -46,9 +46,23 @@ def sm_list(_: click.Context, __: click.Parameter, text: str | None) -> tuple[in
     if text is None:
         return None
     parts = [part.strip().removeprefix("sm").removeprefix("_").replace(".", "") for part in text.lower().split(",")]
-    if not all(part.isascii() and part.isdigit() and 2 <= len(part) <= 3 for part in parts):
+    if not all(part.isascii() and part.isdigit() and 2 <= len(part) <= 3 and part[0] != "0" for part in parts):
         raise click.BadParameter(f"{text!r} is no list of compute capabilities; write for example 87 or 86,89,120")
     return tuple(sorted({int(part) for part in parts}))
+
+
+def with_sms(target: Target, sms: tuple[int, ...] | None) -> Target:
+    """The target for the GPUs of `--sm`, where it is given.
+
+    Raises:
+        UsageError: the target has no engines of TensorRT.
+    """
+    if sms is None:
+        return target
+    if not target.sms:
+        runs = {"onnxruntime_cuda": "one form for all NVIDIA GPUs"}.get(target.backend, "for a CPU")
+        raise click.UsageError(f"--sm belongs to targets of TensorRT; {target.name} is ONNX Runtime, {runs}")
+    return replace(target, sms=sms)
 
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
@@ -58,7 +72,10 @@ def sm_list(_: click.Context, __: click.Parameter, text: str | None) -> tuple[in
     "--recipe", metavar="RECIPE", help="A recipe with targets of its own.  [default: the one the bundle was made with]"
 )
 @click.option(
-    "--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89."
+    "--sm",
+    callback=sm_list,
+    metavar="LIST",
+    help="For TensorRT: compute capabilities instead of the target's, e.g. 87,89.",
 )
 @memory_limit_option("What building may take on this machine, e.g. 8GiB.  [default: what is free]")
 @click.option(
@@ -120,12 +137,7 @@ def _target(bundle: Path, name: str, recipe: str | None, sm: tuple[int, ...] | N
         from moiie_export.recipe import load_recipe
 
         own = recipe_targets(load_recipe(recipe).targets)
-    target = find_target(name, own)
-    if sm is None:
-        return target
-    if not target.sms:
-        raise click.UsageError(f"--sm: target {target.name} is built for no GPU")
-    return replace(target, sms=sm)
+    return with_sms(find_target(name, own), sm)
 
 
 def _show_plan(planned: BuildPlan, request: BuildRequest, as_json: bool) -> None:

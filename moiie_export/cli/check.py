@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moiie_export.cli.build import sm_list
+from moiie_export.cli.build import sm_list, with_sms
 from moiie_export.cli.common import (
     CONTEXT,
     JSON_OPTION,
@@ -27,20 +27,30 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   moiie check checkpoints/moiie-phi3 --target orin
-  moiie check phi3-int4.yaml --target rtx --sm 86 --json
+  moiie check moiie-phi3-int4 --checkpoint checkpoints/moiie-phi3 --target rtx --sm 86 --json
+
+\b
+Built-in targets: cpu, ort-cuda, rtx, orin-nano, orin-nx, orin-32, orin,
+thor, server.
+A recipe adds others.
 
 Nothing is exported or built, and neither torch nor TensorRT is loaded. Exits 3 when something is not supported.
 """
+
+_AGAIN = "moiie check {} --checkpoint DIR --target NAME (of DIR only config, tokenizer and headers of weights are read)"
 
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
 @click.argument("source", metavar="CHECKPOINT|RECIPE")
 @click.option("-t", "--target", "target_name", required=True, metavar="NAME", help="What it is to run on.")
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint for a recipe without one."
+    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="The checkpoint of a RECIPE that names none."
 )
 @click.option(
-    "--sm", callback=sm_list, metavar="LIST", help="Compute capabilities instead of the target's, e.g. 87,89."
+    "--sm",
+    callback=sm_list,
+    metavar="LIST",
+    help="For TensorRT: compute capabilities instead of the target's, e.g. 87,89.",
 )
 @click.option(
     "--memory", callback=byte_size, metavar="SIZE", help="Memory of the device, e.g. 32GB.  [default: the target's]"
@@ -66,11 +76,9 @@ def command(
     from moiie_export.source import ModelSource
     from moiie_export.targets import find_target
 
-    directory, recipe = export_inputs(source, checkpoint, max_context=options["max_context"])
-    target = find_target(target_name, recipe_targets(recipe.targets))
-    if sm is not None and not target.sms:
-        raise click.UsageError(f"--sm: target {target.name} is no GPU")
-    target = replace(target, sms=sm or target.sms, memory=memory or target.memory)
+    directory, recipe = export_inputs(source, checkpoint, max_context=options["max_context"], again=_AGAIN)
+    target = with_sms(find_target(target_name, recipe_targets(recipe.targets)), sm)
+    target = replace(target, memory=memory or target.memory)
     with ModelSource.open(directory, recipe.model.vision_tower) as opened:
         report = check_model(opened, recipe, target)
     if options["as_json"]:
@@ -85,11 +93,14 @@ def _show(report: CheckReport) -> None:
     target, memory = report.target, report.memory
     on = f" on SM {', '.join(map(str, target.sms))}" if target.sms else ""
     click.echo(f"{target.name}: {target.about}{on}, context {report.context}")
+    for each in report.refused:
+        click.echo(f"NO  {each.reason}")
     rows = [["", "op", "where", "dtype", "lowering", "reason"]]
     rows += [
         ["ok" if row.supported else "NO", row.op, row.where, row.dtype, row.lowering, row.reason] for row in report.rows
     ]
-    click.echo(table(rows))
+    if report.rows:
+        click.echo(table(rows))
     if target.expected:
         note(
             "TensorRT 10 and 11 were never run here: what they support is expected, and the build on the device decides"
@@ -97,12 +108,17 @@ def _show(report: CheckReport) -> None:
     parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
     budget = "" if target.memory is None else f" of {readable(target.memory)}"
     click.echo(f"predicted memory {readable(memory.peak)}{budget}:")
-    click.echo(table([[name, readable(size)] for name, size in parts.items()], indent="  "))
+    click.echo(table([[name, readable(size)] for name, size in parts.items() if size], indent="  "))
     if target.residency == "after_prefill":
         note(f"after the prompt, vision encoder and vision experts leave: {readable(memory.answering(True))}")
 
 
 def _refusal(report: CheckReport) -> Unsound:
+    if report.refused:
+        return Unsound(
+            f"target {report.target.name}: {'; '.join(each.reason for each in report.refused)}",
+            "choose others with --sm, or describe another target in the recipe's section `targets`",
+        )
     wrong = [row for row in report.rows if not row.supported]
     if wrong:
         first = wrong[0]

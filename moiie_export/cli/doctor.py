@@ -32,7 +32,8 @@ Exits 4 when this machine lacks something that a run needs.
 def command(bundle: Path | None, as_json: bool) -> None:
     """Check whether this machine can run a bundle.
 
-    Looks at the installed packages and, when BUNDLE is given, at its files and the memory it takes.
+    Looks at the installed packages and the GPUs and, when BUNDLE is given, at its files, at each form it was built in, and
+    at the memory that a question takes.
     """
     from moiie_export.cli.environment import Finding, environment
 
@@ -50,7 +51,7 @@ def command(bundle: Path | None, as_json: bool) -> None:
     else:
         click.echo(table([[each.status, each.name, each.detail] for each in findings]))
         for each in findings:
-            if each.status == "warn" and each.hint:
+            if each.hint and (each.status == "warn" or each.name.startswith("target ")):
                 note(f"{each.name}: {each.hint}")
     lacking = [each for each in failed if broken is None or each.name != "bundle"]
     if lacking:
@@ -63,25 +64,12 @@ def command(bundle: Path | None, as_json: bool) -> None:
 
 
 def _bundle(path: Path) -> Iterator[Finding]:
-    from moiie_export.cli.environment import Finding, available_memory
-    from moiie_export.cli.nvidia import engine_findings
+    from moiie_export.cli.built import form_findings
+    from moiie_export.cli.environment import Finding
     from moiie_runtime.bundle import Bundle
-    from moiie_runtime.memory import Request, estimate_memory
 
     bundle = Bundle.open(path)
     bundle.check_files()
     size = sum(record.bytes for record in bundle.files.values())
     yield Finding("bundle", "ok", f"{path}: {bundle.name}, {len(bundle.files)} files, {readable(size)}")
-    yield from engine_findings(bundle)
-    request = Request(prompt_tokens=bundle.tokens.image_tokens + 100, new_tokens=256, images=1)
-    needed = estimate_memory(bundle, request).total
-    available = available_memory()
-    detail = f"a question about one picture takes about {readable(needed)}"
-    if available is None:
-        yield Finding("fits", "info", detail)
-        return
-    detail += f", {readable(available)} available"
-    if needed > available:
-        yield Finding("fits", "fail", detail, "free memory, or export with a smaller --max-context")
-    else:
-        yield Finding("fits", "ok", detail)
+    yield from form_findings(bundle)

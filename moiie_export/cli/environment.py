@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from moiie_runtime.sizes import readable
 
@@ -16,12 +16,15 @@ OLDEST_ONNXRUNTIME = (1, 23)
 """The first release that runs a bundle's graphs (opset 23)."""
 
 
+Status: TypeAlias = Literal["ok", "info", "warn", "fail"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the doctor. `fail`: a run would not work; `warn`: it would be slow; `info`: good to know."""
 
     name: str
-    status: Literal["ok", "info", "warn", "fail"]
+    status: Status
     detail: str
     hint: str | None = None
 

@@ -37,14 +37,20 @@ _PATTERNS = 4
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
 @BUNDLE_ARGUMENT
-@click.option("--verify", is_flag=True, help="Read every file and compare its SHA-256; exits 3 when one differs.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read every file, those of built engines too, and compare its SHA-256; exits 3 when one differs.",
+)
 @JSON_OPTION
 @VERBOSE_OPTION
 def command(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show a bundle's model, graphs, weights and proof of completeness. Needs no backend."""
+    """Show a bundle's model, graphs, weights, proof and built engines. Needs no backend."""
+    from moiie_export.cli.engines import check_engines, engine_lines, engine_summary
     from moiie_export.cli.quantization import quantization_lines
     from moiie_export.cli.weights import weight_summary
     from moiie_runtime.bundle import Bundle
+    from moiie_runtime.engine_files import engine_files
 
     opened = Bundle.open(bundle)
     problems = opened.verify() if verify else []
@@ -53,17 +59,26 @@ def command(bundle: Path, verify: bool, as_json: bool) -> None:
     document = summary(opened)
     if not problems:
         document["weights"] = weight_summary(opened)
+    engines = engine_files(opened, read=verify)
+    document["engines"] = engine_summary(engines)
     if as_json:
-        emit_json(document | {"verified": verify and not problems, "problems": problems})
+        sound = not problems and not any(each.problems or each.stale for each in engines)
+        emit_json(document | {"verified": verify and sound, "problems": problems})
         if problems:
             raise _damaged(bundle, problems)
+    if verify:
+        check_engines(engines)
+    if as_json:
         return
     lines = list(_lines(document))
     if document["quantization"] is not None:
         lines += quantization_lines(document["quantization"], _min_tokens(opened.raw))
+    lines += engine_lines(engines, opened)
     click.echo("\n".join(lines))
     if verify:
         note(f"all {len(opened.files)} files are as bundle.json says")
+        for each in engines:
+            note(f"all {len(each.files)} files of engines/{each.target} are as engine.json says")
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

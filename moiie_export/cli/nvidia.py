@@ -1,4 +1,4 @@
-"""What `moiie doctor` says about CUDA and TensorRT: what is here, and what an engine for a GPU would lack."""
+"""What `moiie doctor` says about CUDA and TensorRT."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from pathlib import Path
 
 from moiie_export.cli.environment import Finding, installed
 from moiie_runtime.backends.gpu_info import Driver, find_driver
-from moiie_runtime.backends.tensorrt_checks import check_machine
 from moiie_runtime.backends.tensorrt_library import installed_version
-from moiie_runtime.bundle import Bundle
-from moiie_runtime.engines import built_targets, open_engine
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.sizes import readable
 from moiie_runtime.strict_files import read_json_object
@@ -79,17 +76,3 @@ def _plugins() -> Finding:
     except (MoiieError, KeyError):
         return Finding("tensorrt plugins", "info", f"{PLUGINS} without its manifest", "moiie plugins build")
     return Finding("tensorrt plugins", "ok", f"{PLUGINS} for SM {', '.join(map(str, sms))}")
-
-
-def engine_findings(bundle: Bundle) -> Iterator[Finding]:
-    """Whether each engine of a bundle that needs a GPU could run here; another form of the bundle may run all the same."""
-    for target in built_targets(bundle):
-        engine = open_engine(bundle, target)
-        if not engine.backend.startswith("tensorrt"):
-            continue
-        try:
-            check_machine(engine)
-        except MoiieError as error:
-            yield Finding(f"target {target}", "info", error.message, error.hint)
-        else:
-            yield Finding(f"target {target}", "ok", f"{engine.backend} {engine.needs.get(engine.backend, '')}")

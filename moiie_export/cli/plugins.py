@@ -25,6 +25,7 @@ Needs triton, cmake, a C++17 compiler and TensorRT's headers: those of the folde
 system's, else those of the pip package kernel-lens. No GPU, no CUDA toolkit and no TensorRT library are needed.
 Experts in fp8 have kernels for SM 89 and above; a library for older GPUs alone leaves them out.
 Build on the device itself where its driver is older than Triton's compiler (JetPack 6).
+Exits 4 when one of these is missing, or there are no kernels for an SM.
 """
 
 
@@ -46,7 +47,7 @@ def _sm_list(context: click.Context, parameter: click.Parameter, text: str | Non
     "sms",
     callback=_sm_list,
     metavar="LIST",
-    help="Compute capabilities to compile for, e.g. 87 or 86,89,120.  [default: all of Ampere to Blackwell]",
+    help="Compute capabilities to compile for, e.g. 87 or 86,89,120.  [default: 80,86,87,89,90,100,110,120]",
 )
 @click.option(
     "-o",

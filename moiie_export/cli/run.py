@@ -123,6 +123,12 @@ _THE_BUNDLES = "  [default: the bundle's]"
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with.  [default: one a core]"
 )
+@click.option(
+    "--gpu",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Which GPU runs a target that was built for one, as `moiie doctor` numbers them.  [default: 0]",
+)
 @memory_limit_option(
     "Refuse what is predicted to take more, for example 8GiB; on a GPU without it: more than is free there."
 )
@@ -133,7 +139,7 @@ def command(bundle: Path, **options: Any) -> None:
     wanted = _checked(options)
     import moiie_runtime
 
-    settings = {name: wanted[name] for name in ("target", "threads", "memory_limit")}
+    settings = {name: wanted[name] for name in ("target", "threads", "memory_limit", "gpu")}
     with moiie_runtime.load(bundle, **settings) as vlm:
         prompt = _prepared(vlm, wanted)
         _say_memory(vlm, prompt, wanted)

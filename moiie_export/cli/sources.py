@@ -41,8 +41,18 @@ def export_inputs(
     vision_tower: Path | None = None,
     dtype: Literal["float32", "float16"] | None = None,
     max_context: int | None = None,
+    *,
+    again: str = "moiie export {} --checkpoint DIR ...",
 ) -> tuple[Path, Recipe]:
     """The checkpoint directory and the recipe that `CHECKPOINT|RECIPE` and the options of `export` mean.
+
+    Args:
+        source: a checkpoint's directory, a recipe's file or the name of a shipped one.
+        checkpoint: where a recipe's checkpoint lies.
+        vision_tower: where a separate vision tower lies.
+        dtype: in place of the recipe's.
+        max_context: in place of the recipe's.
+        again: the command that names a checkpoint for the recipe {}, for the hint.
 
     Raises:
         MoiieError: `source` is neither, or no checkpoint is named, or a directory lacks config.json.
@@ -57,9 +67,9 @@ def export_inputs(
                 f"two checkpoints: {source} and --checkpoint {checkpoint}",
                 "--checkpoint goes with a recipe; leave one out",
             )
-        recipe, found = load_recipe("default"), Path(source)
+        recipe, found = load_recipe("default"), checkpoint_directory(Path(source))
     else:
-        found = _recipe_checkpoint(recipe, source, checkpoint)
+        found = _recipe_checkpoint(recipe, source, checkpoint, again)
     if vision_tower is not None and not vision_tower.is_dir():
         raise MoiieError(f"--vision-tower {vision_tower}: no such directory", "give the directory of the SigLIP tower")
     export = recipe.export
@@ -79,10 +89,15 @@ def checkpoint_directory(path: Path) -> Path:
         raise MoiieError(
             f"{path}: no such checkpoint directory", "checkpoints are local directories; download it first"
         )
-    if not (path / "config.json").is_file():
-        hint = "this is a bundle; give the checkpoint it was made from" if (path / "bundle.json").is_file() else None
+    if (path / "bundle.json").is_file():
         raise MoiieError(
-            f"{path}: no checkpoint, it has no config.json", hint or "a checkpoint holds config.json and its weights"
+            f"{path}: a checkpoint is needed, this is a bundle",
+            "give the checkpoint it was made from; for a bundle, `moiie doctor` says whether it runs here, "
+            "and `moiie build --dry-run` what an engine of it takes",
+        )
+    if not (path / "config.json").is_file():
+        raise MoiieError(
+            f"{path}: no checkpoint, it has no config.json", "a checkpoint holds config.json and its weights"
         )
     return path
 
@@ -108,11 +123,11 @@ def _recipe_of(source: str) -> Recipe | None:
     )
 
 
-def _recipe_checkpoint(recipe: Recipe, source: str, checkpoint: Path | None) -> Path:
+def _recipe_checkpoint(recipe: Recipe, source: str, checkpoint: Path | None, again: str) -> Path:
     found = checkpoint or recipe.model.checkpoint
     if found is None:
         raise MoiieError(
             f"recipe {source} names no checkpoint",
-            f"say which: moiie export {source} --checkpoint DIR ..., or set model.checkpoint in a copy of the recipe",
+            f"say which: {again.format(source)}; or set model.checkpoint in a copy of the recipe",
         )
     return checkpoint_directory(found)

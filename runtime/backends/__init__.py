@@ -27,6 +27,12 @@ _PREPARE = {
     "tensorrt_rtx": "moiie_runtime.backends.tensorrt:prepare",
 }
 """Backend -> what looks whether an engine can run here, opens its device, and gives the options of its sessions."""
+_CHECK = {
+    "onnxruntime_cuda": "moiie_runtime.backends.onnxruntime_cuda:check_machine",
+    "tensorrt": "moiie_runtime.backends.tensorrt_checks:check_machine",
+    "tensorrt_rtx": "moiie_runtime.backends.tensorrt_checks:check_machine",
+}
+"""Backend -> the part of that which only looks."""
 
 
 class OpenSession(Protocol):
@@ -75,6 +81,22 @@ def get_backend(name: str) -> OpenSession:
     if not callable(opener):
         raise MoiieError(f"backend {name!r} is registered with something that cannot open a session: {opener!r}")
     return cast(OpenSession, opener)
+
+
+def needs_device(name: str) -> bool:
+    """Whether a backend runs on a device of its own, a GPU."""
+    return name in _PREPARE
+
+
+def check_machine(engine: Engine) -> None:
+    """Look whether this machine can run a built form; no device is opened.
+
+    Raises:
+        MissingDependency: what is missing first, and what to do about it.
+    """
+    place = _CHECK.get(engine.backend)
+    if place is not None:
+        _attribute(place)(engine)
 
 
 def prepare(engine: Engine) -> EngineOptions | None:

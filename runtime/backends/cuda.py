@@ -12,6 +12,7 @@ import numpy as np
 
 from moiie_runtime.backends.cuda_driver import OUT_OF_MEMORY, CudaError, call, driver
 from moiie_runtime.backends.device import ITEM_BYTES, Array, DeviceBuffer, DeviceMemory, on_host, storage, stored
+from moiie_runtime.backends.gpu_info import NUMBERS, gpus_here
 from moiie_runtime.errors import MissingDependency, MoiieError
 from moiie_runtime.sizes import readable
 
@@ -41,7 +42,7 @@ class CudaDevice:
         call("cuInit", 0)
         count = int(call("cuDeviceGetCount"))
         if index >= count:
-            raise MissingDependency(f"CUDA: there is no GPU {index} here (there are {count})", "see `moiie doctor`")
+            raise MissingDependency(f"CUDA: there is no GPU {index} here: {gpus_here(count)}", NUMBERS)
         self._handle = call("cuDeviceGet", index)
         self.name = f"{_text(call('cuDeviceGetName', 128, self._handle))} (CUDA device {index})"
         self._context = call("cuDevicePrimaryCtxRetain", self._handle)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _MAJOR, _MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+FIRST_EXACT = 90
+"""From here on kernels are compiled for exactly one GPU."""
+EMBEDDED = frozenset({72, 87, 101, 110})
+"""Systems on a chip: a kernel for another GPU of the same generation is not promised to run there, nor the reverse."""
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -36,7 +41,7 @@ class Driver:
     Attributes:
         cuda: the newest CUDA release that it runs, (12, 6).
         version: its own, `560.35.03`; None where the system does not say it.
-        gpus: those that the process may use, the first is used.
+        gpus: those that the process may use, in the driver's order.
         problem: CUDA's number of what keeps it from being used; 0 for nothing.
     """
 
@@ -44,6 +49,33 @@ class Driver:
     version: str | None
     gpus: tuple[Gpu, ...]
     problem: int = 0
+
+
+NUMBERS = "`moiie doctor` lists the GPUs with their numbers; CUDA_VISIBLE_DEVICES says which of them a process sees"
+
+
+def gpus_here(count: int) -> str:
+    """How many GPUs there are to choose from, in words."""
+    if count < 2:
+        return "there is one, GPU 0" if count else "there is none"
+    return f"there are {count}, GPU 0 to {count - 1}"
+
+
+def runs_kernels(sm: int, compiled: Iterable[int], portable: Iterable[int] = ()) -> bool:
+    """Whether a GPU runs one of these kernels, by the rule of the plugin library (plugins/src/launch_table.cpp).
+
+    Args:
+        sm: the GPU's compute capability times ten.
+        compiled: those that there are kernels for: it runs its own, and older ones of its generation, but from
+            `FIRST_EXACT` on its own only, and on a system on a chip too.
+        portable: those whose PTX there is: it runs what is not newer.
+    """
+    return any(_runs_cubin(each, sm) for each in compiled) or any(each <= sm for each in portable)
+
+
+def _runs_cubin(compiled: int, sm: int) -> bool:
+    older = compiled // 10 == sm // 10 and compiled < sm < FIRST_EXACT
+    return compiled == sm or (older and not {compiled, sm} & EMBEDDED)
 
 
 def find_driver() -> Driver | None:

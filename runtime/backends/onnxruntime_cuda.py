@@ -22,6 +22,7 @@ import numpy as np
 from moiie_runtime.backends.cuda import CudaDevice
 from moiie_runtime.backends.device import Array, Device
 from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, TensorSpec
+from moiie_runtime.backends.tensorrt_checks import find_gpu
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.engines import Engine
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -260,8 +261,8 @@ class OrtCudaSession(OnnxRuntimeSession):
         return super()._failed(error)
 
 
-def prepare(engine: Engine) -> EngineOptions:
-    """Look whether an engine can run here, and open the GPU.
+def check_machine(engine: Engine) -> None:
+    """Look whether an engine can run here; no GPU is opened.
 
     Raises:
         MissingDependency: the package, its libraries, a driver or a GPU is missing, or the package is too old.
@@ -270,7 +271,17 @@ def prepare(engine: Engine) -> EngineOptions:
         raise MissingDependency(f"onnxruntime {ort.__version__} as installed here is for CPUs only", _SWAP)
     check_release(engine.needs, ort.__version__)
     _check_libraries(Path(ort.__file__).parent / "capi")
-    device = CudaDevice()
+    find_gpu(engine)
+
+
+def prepare(engine: Engine) -> EngineOptions:
+    """Look whether an engine can run here, and open the GPU.
+
+    Raises:
+        MissingDependency: see `check_machine`.
+    """
+    check_machine(engine)
+    device = CudaDevice(engine.gpu)
     settings = {
         "device_id": str(device.index),
         "user_compute_stream": str(device.stream),

@@ -44,7 +44,7 @@ def prepare(engine: Engine) -> EngineOptions:
         MissingDependency: what is missing first (see `check_machine`).
     """
     library = check_machine(engine)
-    device = CudaDevice()
+    device = CudaDevice(engine.gpu)
     try:
         shared = TensorRtShared(engine, library, device)
     except BaseException:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moiie_runtime.backends.cuda_driver import driver as cuda_bindings
 from moiie_runtime.backends.cuda_driver import release as bindings_release
-from moiie_runtime.backends.gpu_info import Driver, Gpu, find_driver
+from moiie_runtime.backends.gpu_info import NUMBERS, Driver, Gpu, find_driver, gpus_here, runs_kernels
 from moiie_runtime.backends.tensorrt_library import Library, load_library
 from moiie_runtime.errors import MissingDependency
 from moiie_runtime.strict_files import sha256_file
@@ -29,10 +29,11 @@ def check_machine(engine: Engine) -> Library:
     library = load_library(engine.backend)
     cuda_bindings()
     _check_version(engine, library)
-    driver, gpu = _gpu(engine)
+    driver, gpu = find_gpu(engine)
     _check_floor(engine, driver)
     _check_sm(engine, gpu)
     _check_plugins(engine)
+    _check_kernels(engine, gpu)
     return library
 
 
@@ -50,7 +51,12 @@ def _check_version(engine: Engine, library: Library) -> None:
     )
 
 
-def _gpu(engine: Engine) -> tuple[Driver, Gpu]:
+def find_gpu(engine: Engine) -> tuple[Driver, Gpu]:
+    """The driver, and the GPU that an engine is to run on.
+
+    Raises:
+        MissingDependency: there is none, or cuda-bindings are too new for the driver.
+    """
     driver = find_driver()
     hint = "run it on a machine with an NVIDIA GPU; `moiie doctor` says what is here; target cpu or portable needs none"
     if driver is None:
@@ -64,7 +70,10 @@ def _gpu(engine: Engine) -> tuple[Driver, Gpu]:
             f"cuda-bindings {major} needs a driver for CUDA {major}, the one here is for {_dotted(driver.cuda)}",
             f"pip install 'cuda-bindings=={driver.cuda[0]}.*', or update the driver",
         )
-    return driver, driver.gpus[0]
+    if engine.gpu >= len(driver.gpus):
+        here = gpus_here(len(driver.gpus))
+        raise MissingDependency(f"engine {engine.target}: there is no GPU {engine.gpu} here: {here}", NUMBERS)
+    return driver, driver.gpus[engine.gpu]
 
 
 def _check_floor(engine: Engine, driver: Driver) -> None:
@@ -87,8 +96,20 @@ def _check_sm(engine: Engine, gpu: Gpu) -> None:
         built = ", ".join(str(sm) for sm in sms)
         raise MissingDependency(
             f"engine {engine.target} was built for SM {built}; the GPU here, {gpu.name}, has SM {gpu.sm}",
-            f"{engine.build} --sm {gpu.sm}",
+            _sm_hint(engine, sms, gpu.sm),
         )
+
+
+def _sm_hint(engine: Engine, sms: Sequence[int], here: int) -> str:
+    """The command that builds for this GPU, if the target's library can; engines of older versions do not say whether."""
+    known = engine.document.get("library_sms")
+    if known is not None and here not in known:
+        builds = ", ".join(str(sm) for sm in known)
+        return f"{engine.backend} builds for SM {builds} only: build for another target, such as ort-cuda or cpu"
+    if engine.backend == "tensorrt":
+        return f"build it here, on this GPU: {engine.build} --sm {here}"
+    both = ",".join(str(sm) for sm in sorted({*sms, here}))
+    return f"{engine.build} --sm {both}" + ("" if known else f", if {engine.backend} builds for it")
 
 
 def _check_plugins(engine: Engine) -> None:
@@ -106,6 +127,20 @@ def _check_plugins(engine: Engine) -> None:
             f"(sha256 {digest[:12]}..., expected {str(plugins.get('sha256'))[:12]}...)",
             again,
         )
+
+
+def _check_kernels(engine: Engine, gpu: Gpu) -> None:
+    """What the builder knew of the library; a kernel that is missing would be found when it is launched."""
+    kernels = (engine.document.get("plugins") or {}).get("kernels")
+    if kernels is None or runs_kernels(gpu.sm, kernels["sms"], kernels["portable"]):
+        return
+    compiled = ", ".join(str(sm) for sm in kernels["sms"])
+    wanted = ",".join(str(sm) for sm in sorted({*kernels["sms"], gpu.sm}))
+    raise MissingDependency(
+        f"engine {engine.target}: its plugin library has kernels for SM {compiled}, none that the GPU here, "
+        f"{gpu.name} with SM {gpu.sm}, can run",
+        f"moiie plugins build --sm {wanted}, then {engine.build} --plugins plugins-build/libmoiie_plugins.so",
+    )
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

@@ -70,7 +70,7 @@ def test_json_is_one_document(moiie: Any, bundle: Path, asked: list[BuildRequest
     [
         (("-t", "rtxx"), 1, "did you mean rtx?"),
         (("-t", "rtx", "--sm", "8x"), 2, "is no list of compute capabilities"),
-        (("-t", "cpu", "--sm", "87"), 2, "is built for no GPU"),
+        (("-t", "cpu", "--sm", "87"), 2, "--sm belongs to targets of TensorRT"),
         ((), 2, "missing option"),
     ],
 )

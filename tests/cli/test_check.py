@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moiie_export.targets import BUILT_IN
 from tests.conftest import GOLDEN
 
 CHECKPOINT = GOLDEN / "moiie_phi3" / "checkpoint"
@@ -25,10 +27,63 @@ def test_a_small_model_is_supported_everywhere(moiie: Any, target: str) -> None:
 
 
 def test_a_gpu_that_the_library_does_not_know_exits_3(moiie: Any) -> None:
+    reason = "tensorrt_rtx does not build for SM 87 (it does for 80, 86, 89, 120, 121)"
     result = moiie("check", CHECKPOINT, "-t", "rtx", "--sm", "87,89")
-    assert result.code == 3
-    assert "not on SM 87: tensorrt_rtx builds for 80, 86, 89, 120, 121" in result.error
-    assert "NO  " in result.out
+    assert (result.code, result.error) == (3, f"target rtx: {reason}")
+    assert "--sm" in result.hint
+    assert result.out.count(reason) == result.out.count("NO  ") == 1
+    document = moiie("check", CHECKPOINT, "-t", "rtx", "--sm", "87,89", "--json").document
+    assert (document["supported"], document["refused"]) == (False, [{"sms": [87], "reason": reason}])
+    assert all(row["supported"] and row["sms"] == [89] for row in document["ops"])
+    alone = moiie("check", CHECKPOINT, "-t", "rtx", "--sm", "87", "--json")
+    assert (alone.code, alone.document["ops"]) == (3, [])
+    assert "is not expected to build for SM 999" in moiie("check", CHECKPOINT, "-t", "orin", "--sm", "999").error
+
+
+def test_bfloat16_on_an_older_gpu_is_said_once(moiie: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "wide.yaml"
+    recipe.write_text(
+        "schema: 1\nextends: default\ntargets:\n  - {name: wide, like: server, precision: bfloat16, plugins: 'off'}\n"
+    )
+    result = moiie("check", recipe, "--checkpoint", CHECKPOINT, "-t", "wide", "--sm", "75,89")
+    assert (result.code, result.error) == (3, "target wide: bfloat16 needs SM 80 or above, not 75")
+    assert result.out.count("NO  ") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("ort-cuda", "--sm belongs to targets of TensorRT; ort-cuda is ONNX Runtime, one form for all NVIDIA GPUs"),
+        ("cpu", "--sm belongs to targets of TensorRT; cpu is ONNX Runtime, for a CPU"),
+    ],
+)
+def test_sm_belongs_to_tensorrt(moiie: Any, target: str, says: str) -> None:
+    result = moiie("check", CHECKPOINT, "-t", target, "--sm", "87")
+    assert (result.code, result.error) == (2, says)
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "00", "8.", "", "87,,89", "8700", "-87"])
+def test_nonsense_is_a_usage_error(moiie: Any, text: str) -> None:
+    assert moiie("check", CHECKPOINT, "-t", "rtx", "--sm", text).code == 2
+
+
+def test_every_target_is_named_in_the_help(moiie: Any) -> None:
+    text = moiie("check", "--help").out
+    assert all(f"{name}," in text or f"{name}." in text for name in BUILT_IN)
+
+
+def test_a_recipe_without_a_checkpoint_hints_at_check(moiie: Any) -> None:
+    result = moiie("check", "moiie-phi3", "-t", "rtx")
+    assert (result.code, result.error) == (1, "recipe moiie-phi3 names no checkpoint")
+    assert result.hint.startswith("say which: moiie check moiie-phi3 --checkpoint DIR --target NAME (of DIR only")
+    assert "export" not in result.hint
+
+
+def test_a_bundle_is_no_checkpoint(moiie: Any, golden_bundle: Callable[[str], Path]) -> None:
+    result = moiie("check", golden_bundle("moiie_phi3"), "-t", "rtx")
+    assert result.code == 1
+    assert "a checkpoint is needed, this is a bundle" in result.error
+    assert "moiie doctor" in result.hint
 
 
 def test_a_device_that_is_too_small_exits_3(moiie: Any) -> None:

@@ -61,10 +61,10 @@ def test_a_bundle_that_would_run(moiie: Moiie, golden_bundle: Callable[[str], Pa
 def test_a_bundle_that_does_not_fit(
     moiie: Moiie, golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moiie_export.cli.environment.available_memory", lambda: 2**20)
+    monkeypatch.setattr("moiie_export.cli.built.available_memory", lambda: 2**20)
     result = moiie("doctor", golden_bundle("moiie_phi3"))
     assert result.code == 4
-    assert "fits: a question about one picture takes about" in result.error
+    assert "fits: portable: a question about one picture takes about" in result.error
 
 
 def test_a_damaged_bundle_is_no_fault_of_the_environment(

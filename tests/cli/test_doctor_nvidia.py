@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 
 from moiie_export.cli import nvidia
-from moiie_export.cli.nvidia import engine_findings, nvidia_findings
-from moiie_runtime.backends import tensorrt_checks
+from moiie_export.cli.nvidia import nvidia_findings
 from moiie_runtime.backends.gpu_info import Driver, Gpu
-from moiie_runtime.bundle import Bundle
-from moiie_runtime.engines import Engine
 from tests.cli.conftest import Moiie
 
 ORIN = Driver((12, 6), "540.4.0", (Gpu("Orin", 87, 8 << 30),))
@@ -65,25 +62,3 @@ def test_bindings_newer_than_the_driver_are_a_warning(monkeypatch: pytest.Monkey
     status, text = said(monkeypatch, ORIN, {"cuda-bindings": "13.5.0"})["cuda-bindings"]
     assert status == "warn"
     assert "pip install 'cuda-bindings==12.*'" in text
-
-
-def test_engines_of_a_bundle_are_looked_at(monkeypatch: pytest.MonkeyPatch, golden_bundle: object) -> None:
-    bundle = Bundle.open(golden_bundle("moiie_phi3"))  # type: ignore[operator]
-    monkeypatch.setattr(nvidia, "built_targets", lambda _: ["cpu", "rtx"])
-    monkeypatch.setattr(
-        nvidia,
-        "open_engine",
-        lambda bundle, name: Engine(
-            name, {"cpu": "onnxruntime"}.get(name, "tensorrt_rtx"), bundle, {}, None, False, bundle
-        ),
-    )
-    monkeypatch.setattr(tensorrt_checks, "load_library", lambda _: tensorrt_checks.Library(None, "tensorrt_rtx", "1"))
-    monkeypatch.setattr(tensorrt_checks, "cuda_bindings", lambda: None)
-    monkeypatch.setattr(tensorrt_checks, "find_driver", lambda: None)
-    [found] = engine_findings(bundle)
-    assert (found.name, found.status) == ("target rtx", "info")
-    assert "there is no NVIDIA driver here" in found.detail
-    monkeypatch.setattr(tensorrt_checks, "find_driver", lambda: ORIN)
-    monkeypatch.setattr(tensorrt_checks, "bindings_release", lambda: 12)
-    [found] = engine_findings(bundle)
-    assert found.status == "ok"

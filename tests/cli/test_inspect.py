@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from moiie_export.builders import BuildRequest, build
+from moiie_export.targets import find_target
 from tests.cli.conftest import Moiie
+from tests.runtime.backends.engine_bundle import build as build_emulated
 
 
 @pytest.fixture
@@ -105,3 +108,88 @@ def test_it_needs_no_backend_and_no_torch(bundle: Path) -> None:
     code = f"{block}from moiie_export.cli import main; main(['inspect', {str(bundle)!r}, '--verify'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "all 12 files are as bundle.json says\n")
+
+
+@pytest.fixture(scope="module")
+def engines(golden_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a form for a GPU and one for ONNX Runtime."""
+    copy = Path(shutil.copytree(golden_bundle("moiie_phi3"), tmp_path_factory.mktemp("inspect") / "b"))
+    build_emulated(copy, "rtx", {"prefill": (64,)})
+    build(BuildRequest(copy, find_target("ort-cuda")), lambda *_: None)
+    return copy
+
+
+@pytest.fixture
+def built(engines: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(engines, tmp_path / "b"))
+
+
+def test_built_forms_are_listed(moiie: Moiie, engines: Path, bundle: Path) -> None:
+    result = moiie("inspect", engines)
+    assert result.code == 0
+    [rtx] = [line for line in result.out.splitlines() if line.startswith("  rtx ")]
+    assert "tensorrt_rtx 1.7.1.116 for SM 86, 89, 120" in rtx
+    document = moiie("inspect", engines, "--json").document["engines"]
+    assert {name: each["backend"] for name, each in document.items()} == {
+        "ort-cuda": "onnxruntime_cuda",
+        "rtx": "tensorrt_rtx",
+    }
+    assert document["rtx"]["bytes"] == sum(document["rtx"]["files"].values())
+    assert f"engines: none; `moiie build {bundle} --target NAME` makes one" in moiie("inspect", bundle).out
+
+
+def test_verify_reads_built_forms_too(moiie: Moiie, engines: Path) -> None:
+    (engines / "engines" / "rtx" / "decoder_decode.kernels").write_bytes(b"compiled here")  # no business of ours
+    result = moiie("inspect", engines, "--verify")
+    assert result.code == 0
+    assert "all 4 files of engines/rtx are as engine.json says" in result.err
+    assert "files of engines/ort-cuda are as engine.json says" in result.err
+    assert moiie("inspect", engines, "--verify", "--json").document["verified"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "says"),
+    [
+        ("decoder_decode.engine", lambda data: data[:-1] + b"!", "sha256 is "),
+        ("banks.safetensors", lambda data: data[:-1], "bytes, engine.json says"),
+        ("vision_encoder.engine", None, "is missing"),
+        ("libmoiie_plugins.so", lambda _: b"another", "is not listed in engine.json"),
+        ("engine.json", lambda data: data[:-9], "engine.json"),
+        ("engine.json", lambda _: b'{"schema": 1, "files": 3}', "'files' must be an object"),
+        ("engine.json", lambda data: data.replace(b'"backend"', b'"front"'), "'backend' is missing"),
+    ],
+)
+def test_verify_finds_what_is_wrong_with_a_built_form(
+    moiie: Moiie, built: Path, name: str, harm: Callable[[bytes], bytes] | None, says: str
+) -> None:
+    path = built / "engines" / "rtx" / name
+    data = path.read_bytes() if path.exists() else b""
+    if harm is None:
+        path.unlink()
+    else:
+        path.write_bytes(harm(data))
+    result = moiie("inspect", built, "--verify")
+    assert (result.code, result.out) == (3, "")
+    assert result.error.startswith("1 engine is not as built from this bundle\n  ")
+    assert says in result.error
+    assert f"moiie build {built} --target rtx --force" in result.hint
+    checked = moiie("inspect", built, "--verify", "--json")
+    assert (checked.code, checked.document["verified"], checked.document["problems"]) == (3, False, [])
+    assert says in checked.document["engines"]["rtx"]["problems"][0]
+    assert not checked.document["engines"]["ort-cuda"]["problems"]
+
+
+def test_a_form_of_another_export_is_named(moiie: Moiie, built: Path) -> None:
+    path = built / "engines" / "ort-cuda" / "engine.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["source"]["onnx/weights.safetensors"] = "0" * 64
+    path.write_text(json.dumps(document), encoding="utf-8")
+    shown = moiie("inspect", built)
+    assert shown.code == 0
+    wrong = "ort-cuda: was built from another export of this bundle; build it again: moiie build"
+    assert wrong in shown.out
+    result = moiie("inspect", built, "--verify")
+    assert result.code == 3
+    assert "engines/ort-cuda: was built from another export of this bundle (onnx/weights.safetensors" in result.error
+    assert moiie("inspect", built, "--json").document["engines"]["ort-cuda"]["stale"] is True

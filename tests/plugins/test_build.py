@@ -68,14 +68,23 @@ def test_command(tmp_path: Path, compiled: list[tuple[int, ...]], capsys: pytest
     assert document["sms"] == list(build.SMS)
 
 
+def test_its_help_names_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(cli, ["plugins", "build", "--help"]) == 0
+    assert f"[default: {','.join(map(str, build.SMS))}]" in " ".join(capsys.readouterr().out.split())
+
+
 def test_wrong_lists_of_sms(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_guarded(cli, ["plugins", "build", "--sm", "orin"]) == 2
-    assert "'orin' is no list of compute capabilities" in capsys.readouterr().err
+    for text in ("orin", "0", "00", ",", "87,"):
+        assert run_guarded(cli, ["plugins", "build", "--sm", text]) == 2
+        assert f"{text!r} is no list of compute capabilities" in capsys.readouterr().err
 
 
 def test_an_sm_without_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_guarded(cli, ["plugins", "build", "--sm", "75", "--out", str(tmp_path)]) == 1
-    assert "error: no kernels are made for SM 75" in capsys.readouterr().err
+    assert run_guarded(cli, ["plugins", "build", "--sm", "75,89,99", "--out", str(tmp_path)]) == 4
+    said = capsys.readouterr().err
+    assert "error: no kernels are made for SM 75, 99" in said
+    assert "there are kernels for SM 80, 86, 87" in said
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

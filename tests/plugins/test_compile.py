@@ -108,7 +108,8 @@ def test_a_ptx_version_older_than_the_sm_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_sm_is_named_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(MoiieError, match="SM 75, 130") as caught:
         compile_kernels(tmp_path, [130, 87, 75])
-    assert caught.value.hint == "supported SMs: 80, 86, 87, 89, 90, 100, 110, 120"
+    assert caught.value.hint == "there are kernels for SM 80, 86, 87, 89, 90, 100, 110, 120"
+    assert caught.value.exit_code == 4
     with pytest.raises(MoiieError, match="no SM"):
         compile_kernels(tmp_path, [])
 

@@ -11,6 +11,7 @@ import pytest
 
 from moiie_runtime.backends import cuda_driver, gpu_info, tensorrt_checks, tensorrt_library
 from moiie_runtime.backends.gpu_info import Driver, Gpu
+from tests.exports import exported_mome
 from tests.runtime.backends.emulated_cuda import EmulatedCuda
 from tests.runtime.backends.emulated_tensorrt import EmulatedTensorRt
 from tests.runtime.backends.engine_bundle import VERSION, build
@@ -48,4 +49,14 @@ def engine_bundle(golden_bundle, tmp_path_factory: pytest.TempPathFactory) -> Pa
     build(bundle, "small", {"prefill": (64, 256), "residency": "after_prefill"})
     build(bundle, "four", {"prefill": (64, 256), "batch": 4, "precision": "bfloat16"})
     build(bundle, "copying", {"like": "orin", "sms": (89,), "prefill": (64,), "plugins": "off"})
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def mome_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MoME with engines: `one` row that keeps everything, and `two` rows whose encoders leave after the prefill."""
+    copy = tmp_path_factory.mktemp("mome") / "bundle"
+    bundle = Path(shutil.copytree(exported_mome(640).bundle, copy))
+    build(bundle, "one", {"prefill": (64, 256)})
+    build(bundle, "two", {"prefill": (64, 256), "batch": 2, "residency": "after_prefill"})
     return bundle

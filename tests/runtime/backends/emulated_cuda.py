@@ -73,6 +73,8 @@ class EmulatedCuda:
         total: bytes of the device.
         calls: how often each function was called.
         reuse: whether a freed address may be given again.
+        devices: how many GPUs there are.
+        used_device: the one whose context was retained last.
         refuse_2d: whether 2D copies fail, as CUDA allows itself for pitches it did not choose.
     """
 
@@ -87,6 +89,9 @@ class EmulatedCuda:
         self.total = total
         self.calls: Counter[str] = Counter()
         self.reuse = False
+        self.devices = 1
+        self.used_device: int | None = None
+        self._peak = 0
         self.refuse_2d = False
         self._blocks: dict[int, Block] = {}
         self._locked: dict[int, Block] = {}
@@ -118,6 +123,11 @@ class EmulatedCuda:
         return sum(block.size for block in self._blocks.values() if block.live)
 
     @property
+    def peak(self) -> int:
+        """The most that was allocated at once."""
+        return self._peak
+
+    @property
     def left(self) -> dict[str, int]:
         """What was not given back."""
         locked = sum(block.size for block in self._locked.values() if block.live)
@@ -135,6 +145,7 @@ class EmulatedCuda:
         """Address of new device memory."""
         if self.used + size > self.total:
             raise Failure(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+        self._peak = max(self._peak, self.used + size)
         if self.reuse:
             for address, block in self._blocks.items():
                 if not block.live and block.size == size:
@@ -221,18 +232,19 @@ class EmulatedCuda:
         assert flags == 0
 
     def _cuDeviceGetCount(self) -> int:
-        return 1
+        return self.devices
 
     def _cuDeviceGet(self, index: int) -> Handle:
-        if index != 0:
+        if not 0 <= index < self.devices:
             raise Failure(CUresult.CUDA_ERROR_INVALID_DEVICE)
-        return Handle(0)
+        return Handle(index)
 
     def _cuDeviceGetName(self, size: int, device: Any) -> bytes:
         return b"Emulated GPU".ljust(size, b"\0")
 
     def _cuDevicePrimaryCtxRetain(self, device: Any) -> Handle:
         self._contexts += 1
+        self.used_device = int(device)
         return Handle(7)
 
     def _cuDevicePrimaryCtxRelease(self, device: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from moiie_export.builders import BuildRequest
 from moiie_export.builders import tensorrt as builder
+from moiie_export.builders.compile_engine import EngineJob
 from moiie_export.builders.library import Library
 from moiie_export.targets import BUILT_IN
 from moiie_runtime.bundle import Bundle
@@ -21,27 +22,36 @@ from tests.runtime.backends.emulated_cuda import EmulatedCuda
 from tests.runtime.backends.emulated_tensorrt import EmulatedTensorRt, write_plan
 
 VERSION = "1.7.1.116"
+CONSTANTS, WORKSPACE = 1 << 20, 65536
+"""Bytes on the device of each engine's weights, and of the largest intermediate results."""
 
 
 def build(
     bundle: Path, name: str, settings: dict[str, Any], plugins: Path | None = None, *, dialect: bool = False
-) -> None:
-    """BUNDLE/engines/<name>, a target like the built-in one with other settings.
+) -> list[EngineJob]:
+    """BUNDLE/engines/<name>, a target like the built-in one with other settings; what TensorRT was asked for.
 
     Its plans compute the bundle's own graphs, or with `dialect` what TensorRT would have been given.
     """
     target = replace(BUILT_IN[settings.pop("like", "rtx")], name=name, **settings)
+    jobs: list[EngineJob] = []
+
+    def run_job(backend: str, job: EngineJob, progress: Any) -> None:
+        jobs.append(job)
+        job.output.write_bytes(b"")
+
     with pytest.MonkeyPatch.context() as patch:
         fake = EmulatedTensorRt(EmulatedCuda(), VERSION)
         patch.setattr(builder, "load_library", lambda backend: Library(fake, backend, VERSION))
         patch.setattr(builder, "device_sm", lambda: target.sms[0])
         patch.setattr(builder, "supported_sms", lambda library, target: target.sms)
-        patch.setattr(builder, "run_job", lambda backend, job, progress: job.output.write_bytes(b""))
+        patch.setattr(builder, "run_job", run_job)
         patch.setattr(builder, "_check_header", lambda *_: None)
         patch.setattr(builder, "cuda_floor", lambda backend: {"cuda": "12.0", "driver": "525.60.13"})
         request = BuildRequest(bundle, target, plugin_library=plugins, keep_graphs=dialect)
         builder.build_engines(request, lambda *_: None)
     write_plans(bundle, name, dialect=dialect)
+    return jobs
 
 
 def write_plans(bundle: Path, name: str, **changes: Any) -> None:
@@ -58,8 +68,8 @@ def write_plans(bundle: Path, name: str, **changes: Any) -> None:
             "banks": {} if own else {each: str(_bytes_of(banks, each, folder.parent)) for each in names},
             "batch": document["settings"]["batch"],
             "host": [],
-            "workspace": 4096 if component == "decoder_decode" else 65536,
-            "constants": 1 << 20,
+            "workspace": 4096 if component == "decoder_decode" else WORKSPACE,
+            "constants": CONSTANTS,
             **changes,
         }
         write_plan(folder / described["file"], plan)

@@ -49,7 +49,10 @@ def test_parts_follow_the_request_and_the_target(engine_bundle):
     resident, small = (estimate_device(engine_of(engine_bundle, name)) for name in ("rtx", "small"))
     pictured = estimate_device(engine_of(engine_bundle, "rtx"), PICTURE)
     assert resident.vision == 0 < pictured.vision
-    assert replace(pictured, vision=0, workspace=0) == replace(resident, workspace=0)
+    assert replace(pictured, vision=0, workspace=0, inputs_and_outputs=0) == replace(
+        resident, workspace=0, inputs_and_outputs=0
+    )
+    assert pictured.inputs_and_outputs > resident.inputs_and_outputs > 0
     assert pictured.answering(True) == pictured.peak - pictured.vision - pictured.vision_experts
     assert small.kv_cache == resident.kv_cache
     assert "on the GPU (" in str(resident)
@@ -87,7 +90,9 @@ def test_sessions_of_onnxruntime_share_weights_and_rows_grow_with_beams(onnxrunt
     header = read_header(engine.bundle.path(engine.bundle.weights_file))
     assert one.vision + one.prefill + one.decode == sum(info.nbytes for info in header.values())
     beams = estimate_device(engine, replace(PICTURE, num_beams=3))
-    assert beams == replace(one, kv_cache=3 * one.kv_cache)
+    spare = one.kv_cache // (2 * engine.bundle.model.num_hidden_layers)  # for beams that change places
+    assert beams == replace(one, kv_cache=3 * one.kv_cache + spare, inputs_and_outputs=beams.inputs_and_outputs)
+    assert beams.inputs_and_outputs > one.inputs_and_outputs
 
 
 def test_it_is_what_check_said_before_the_export(onnxruntime_engine):

@@ -70,7 +70,9 @@ def test_the_first_thing_that_is_missing_is_named(engine, trt, monkeypatch):
     here["driver"] = replace(here["driver"], cuda=(12, 10))  # by number, not by letter
     refused(wrong, "the driver is 535.1.2, tensorrt_rtx needs at least 550.54.14", "update NVIDIA's driver")
     here["driver"] = replace(here["driver"], version=None)  # some systems do not say it
-    refused(wrong, "built for SM 87; the GPU here, Emulated GPU, has SM 89", "--sm 89")
+    refused(
+        wrong, "built for SM 87; the GPU here, Emulated GPU, has SM 89", "--sm 87,89, if tensorrt_rtx builds for it"
+    )
     wrong = replace(wrong, document=DOCUMENT)
     refused(wrong, "libmoiie_plugins.so: the plugin library of engine rtx is missing", "moiie plugins build")
     library = Path(engine.bundle.root, "engines", "rtx", "libmoiie_plugins.so")
@@ -79,6 +81,38 @@ def test_the_first_thing_that_is_missing_is_named(engine, trt, monkeypatch):
     digest = tensorrt_checks.sha256_file(library)
     right = replace(wrong, document={**DOCUMENT, "plugins": {**DOCUMENT["plugins"], "sha256": digest}})
     assert check_machine(right).trt is trt
+
+
+def refusal(engine: Engine, **document: object) -> MissingDependency:
+    """Why an engine whose engine.json says this cannot run here."""
+    with pytest.raises(MissingDependency) as caught:
+        check_machine(replace(engine, document={**engine.document, **document}))
+    assert caught.value.exit_code == 4
+    return caught.value
+
+
+def test_for_another_gpu_only_what_can_be_built_is_proposed(engine):
+    known = [80, 86, 89, 120]
+    said = refusal(engine, sms=[86, 120], library_sms=known)
+    assert "was built for SM 86, 120; the GPU here, Emulated GPU, has SM 89" in said.message
+    assert said.hint == f"{engine.build} --sm 86,89,120"
+    said = refusal(engine, sms=[86], library_sms=[80, 86])
+    assert str(said.hint).startswith("tensorrt_rtx builds for SM 80, 86 only: build for another target")
+    assert refusal(engine, sms=[86]).hint == f"{engine.build} --sm 86,89, if tensorrt_rtx builds for it"
+    full = replace(engine, backend="tensorrt", needs={})
+    assert refusal(full, sms=[87], library_sms=known).hint == f"build it here, on this GPU: {engine.build} --sm 89"
+
+
+def test_a_library_without_kernels_for_the_gpu_is_refused(engine, trt):
+    """Stored in the engines or beside them; older engines do not say which kernels there are."""
+    for kernels in (None, {"sms": [80, 90], "portable": []}, {"sms": [90], "portable": [80]}):
+        embedded = {"file": None, "embedded": True, "kernels": kernels}
+        assert check_machine(replace(engine, document={**DOCUMENT, "plugins": embedded})).trt is trt
+    said = refusal(engine, plugins={"file": None, "embedded": True, "kernels": {"sms": [90, 120], "portable": [90]}})
+    assert (
+        "its plugin library has kernels for SM 90, 120, none that the GPU here, Emulated GPU with SM 89" in said.message
+    )
+    assert str(said.hint).startswith(f"moiie plugins build --sm 89,90,120, then {engine.build} --plugins ")
 
 
 def test_without_a_gpu_run_says_what_is_missing(trt, engine_bundle, monkeypatch, capsys):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-
-import pytest
 
 import moiie_runtime as mr
 from moiie_export.parity import ParityCase, check_parity, decoder_stage
 from tests.exports import exported_mome
-from tests.runtime.backends.engine_bundle import build
 
 PICTURE = Path(__file__).parents[2] / "golden" / "moiie_phi3" / "inputs" / "image_0.png"
 CONVERSATIONS = [
@@ -19,18 +15,11 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    copy = Path(shutil.copytree(exported_mome(640).bundle, tmp_path_factory.mktemp("mome") / "bundle"))
-    build(copy, "two", {"prefill": (64, 256), "batch": 2, "residency": "after_prefill"})
-    return copy
-
-
-def test_answers_are_those_of_the_portable_graphs(trt, bundle):
+def test_answers_are_those_of_the_portable_graphs(trt, mome_engines):
     trt.cuda.total = 1 << 30
     found = {}
     for target in ("portable", "two"):
-        with mr.load(bundle, target=target, threads=1) as vlm:
+        with mr.load(mome_engines, target=target, threads=1) as vlm:
             together = vlm.generate_batch(CONVERSATIONS, max_new_tokens=3, num_beams=1)
             beams = vlm.generate(CONVERSATIONS[1], max_new_tokens=3, num_beams=2)
             found[target] = [each.token_ids for each in (*together, beams)]
@@ -40,12 +29,12 @@ def test_answers_are_those_of_the_portable_graphs(trt, bundle):
     assert not any(trt.cuda.left.values())
 
 
-def test_it_is_its_checkpoint_through_the_engines(trt, bundle, monkeypatch):
+def test_it_is_its_checkpoint_through_the_engines(trt, mome_engines, monkeypatch):
     """What the engines do not give is named, and so are the five beams that two rows cannot hold."""
     trt.cuda.total = 1 << 30
     monkeypatch.setattr(decoder_stage, "KEPT", 2)
     report = check_parity(
-        bundle, exported_mome(640).checkpoint, target="two", cases=[ParityCase("What is it?", (PICTURE,))]
+        mome_engines, exported_mome(640).checkpoint, target="two", cases=[ParityCase("What is it?", (PICTURE,))]
     )
     assert report, report.summary()
     unseen = {check.stage for check in report.checks if not check.ran}
