@@ -5,13 +5,15 @@ Read off plans of TensorRT for RTX 1.7.1, which name what they work in; of Tenso
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
 _FUSED = "int4"
 """Constants in this format are multiplied out inside the products."""
-_INT8 = "int8"
+_COPIED = ("int8", "fp8")
 _EXPERTS = ".experts."
+_LAYER = re.compile(r".*\.layers\.\d+")
 
 Weight = tuple[str, str, int]
 """Name, format, how many numbers."""
@@ -20,8 +22,8 @@ Weight = tuple[str, str, int]
 def copied_numbers(weights: Iterable[Weight], dialect: str, plugins: str, banks: str) -> int:
     """Numbers of a graph's quantised weights that exist at a time in the target's precision.
 
-    Without plugins those of one layer's experts do, because its dense body waits for its routes. Of linear layers with int8
-    in groups all do, where it was seen: dialect rtx.
+    Without plugins those of one layer's experts do, because its dense body waits for its routes; and of linear layers in int8
+    or fp8 those of one layer, where it was seen: dialect rtx.
 
     Args:
         weights: the quantised ones that the graph uses.
@@ -29,12 +31,13 @@ def copied_numbers(weights: Iterable[Weight], dialect: str, plugins: str, banks:
         plugins: whether it uses the plugin library.
         banks: whether experts are inputs or constants.
     """
-    layers: Counter[str] = Counter()
-    linear = 0
+    experts: Counter[str] = Counter()
+    linear: Counter[str] = Counter()
     for name, form, numbers in weights:
         layer, expert, _ = name.partition(_EXPERTS)
         if not expert:
-            linear += numbers if form == _INT8 and dialect == "rtx" else 0
+            found = _LAYER.match(name)
+            linear[found[0] if found else name] += numbers if form in _COPIED and dialect == "rtx" else 0
         elif plugins != "required" and (banks == "inputs" or form != _FUSED):
-            layers[layer] += numbers
-    return linear + max(layers.values(), default=0)
+            experts[layer] += numbers
+    return max(linear.values(), default=0) + max(experts.values(), default=0)

@@ -26,6 +26,7 @@ TOWER = (1152, 4304, 27, 16, 384, 14)
 
 RULES = (QuantRule(("lm_head",), "int8"), QuantRule(("experts", "attention"), "int4"))
 """Of the decoders that are lowered: as the recipes for small devices store them."""
+INT8_ATTENTION = (QuantRule(("lm_head", "attention"), "int8"), QuantRule(("experts",), "int4"))
 
 
 def write_hollow(path: Path, specs: Specs) -> None:
@@ -40,7 +41,9 @@ def write_hollow(path: Path, specs: Specs) -> None:
         file.truncate(len(head) + sum(info.nbytes for info in header.values()))
 
 
-def write_graphs(directory: Path, name: str, graphs: Sequence[str], capacity: int) -> None:
+def write_graphs(
+    directory: Path, name: str, graphs: Sequence[str], capacity: int, rules: tuple[QuantRule, ...] = RULES
+) -> None:
     """Graphs of `phi3` or `llama3` at their real widths, in `directory`/onnx.
 
     Two layers of decoder, both with experts, and two of the tower; few words.
@@ -50,7 +53,7 @@ def write_graphs(directory: Path, name: str, graphs: Sequence[str], capacity: in
     )
     (directory / "onnx").mkdir(parents=True)
     with ModelSource.open(checkpoint) as source, traced_once():
-        resolved = resolve(QuantizationSection(RULES), "float16", source.weight_map, source.config)
+        resolved = resolve(QuantizationSection(rules), "float16", source.weight_map, source.config)
         source.weight_map = resolved.weight_map
         write_hollow(directory / WEIGHTS_FILE, WeightsJob.of(source, resolved).specs())
         for graph in graphs:

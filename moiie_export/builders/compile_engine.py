@@ -11,6 +11,7 @@ from typing import Any
 
 from moiie_export.builders.engine_specs import Profile
 from moiie_export.builders.library import Library
+from moiie_export.builders.parsed_attention import check_lengths
 from moiie_runtime.backends.tensorrt_log import Said
 from moiie_runtime.backends.tensorrt_log import listener as new_listener
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -34,6 +35,7 @@ class EngineJob:
         plugins: the plugin library; None where the graph has no node for it.
         embed_plugins: whether it is stored in the engine.
         timing_cache: measured kernels of earlier builds, read and written; None: none.
+        counted_attention: TRT_Attention nodes that are told how many keys there are.
     """
 
     name: str
@@ -44,6 +46,7 @@ class EngineJob:
     plugins: Path | None = None
     embed_plugins: bool = True
     timing_cache: Path | None = None
+    counted_attention: int = 0
 
 
 def compile_engine(library: Library, job: EngineJob, progress: Callable[[int, int], None]) -> None:
@@ -64,6 +67,7 @@ def compile_engine(library: Library, job: EngineJob, progress: Callable[[int, in
     if library.sms:  # nothing is measured, and threads that race would give the engine other bytes each time
         builder.max_threads = 1
     network, parser = _parse(trt, builder, listener, job)
+    check_lengths(network, job.name, job.counted_attention)
     config = builder.create_builder_config()
     _set_targets(config, library, job.sms)
     _require_user_memory(trt, config)

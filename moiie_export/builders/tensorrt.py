@@ -184,6 +184,7 @@ class _Build:
             plugins=self.plugins if spec.component in self.with_plugins else None,
             embed_plugins=target.embed_plugins,
             timing_cache=self._timing_cache(directory),
+            counted_attention=context.counted_attention,
         )
         run_job(self.library.name, job, lambda done, total: self.progress(stage, done, total))
         if not self.request.keep_graphs:

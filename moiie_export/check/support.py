@@ -98,13 +98,11 @@ def _linear(use: OpUse, target: Target) -> Lowering:
         return Lowering("MatMul", "native layer")
     if use.format == "int4":
         return Lowering("DequantizeLinear(int4) + MatMul", "weights stay in 4 bits in the engine", OLDEST_SMS["int4"])
-    if use.format == "int8":
-        reason = "weights stay in 8 bits in the engine"
+    if use.format in ("int8", "fp8"):
+        reason = "weights stay in 8 bits in the engine" if use.format == "int8" else "weights in E4M3, one scale a row"
         if target.dialect == "rtx":
-            reason += f", which copies all of them to {target.precision} to multiply"
-        return Lowering("DequantizeLinear(int8) + MatMul", reason)
-    if use.format == "fp8":
-        return Lowering("DequantizeLinear(fp8) + MatMul", "weights in E4M3, one scale a row", OLDEST_SMS["fp8"])
+            reason += f", which copies them to {target.precision} to multiply, a layer at a time"
+        return Lowering(f"DequantizeLinear({use.format}) + MatMul", reason, OLDEST_SMS.get(use.format, 0))
     reason = "activations rounded with the calibrated scale"
     return Lowering("QuantizeLinear + MatMul(int8)", reason, OLDEST_SMS["w8a8"])
 

@@ -105,6 +105,7 @@ def _native(model: ir.Model, node: ir.Node, context: TrtContext) -> None:
     window = _windowed(node, capacity)
     mask = _seen(model, node, capacity, window) if window else None
     context.attention = "mask" if window else "lower_right"
+    context.counted_attention += 1
     attended = insert(
         node,
         "TRT_Attention",

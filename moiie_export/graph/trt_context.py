@@ -43,6 +43,7 @@ class TrtContext:
         banks: filled by the passes: experts that became inputs.
         bodies: filled by the passes: node -> the portable body that the bundle gives it.
         attention: filled by the passes: how decoder attention is masked, `lower_right`, `mask`, or "" without any.
+        counted_attention: filled too: TRT_Attention nodes that are told how many keys there are.
         aliases: filled by the passes: output -> input that shares its buffer.
         inputs, outputs: filled by the builder: name -> name, dtype and shape, as manifests say it.
     """
@@ -54,6 +55,7 @@ class TrtContext:
     banks: list[Bank] = field(default_factory=list)
     bodies: dict[str, ir.Function] = field(default_factory=dict)
     attention: str = ""
+    counted_attention: int = 0
     aliases: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)

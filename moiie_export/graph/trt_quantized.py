@@ -1,4 +1,9 @@
-"""QuantizedLinear for TensorRT: DequantizeLinear on the stored numbers and a MatMul, which it fuses."""
+"""QuantizedLinear for TensorRT: DequantizeLinear on the stored numbers and a MatMul.
+
+TensorRT for RTX 1.7 multiplies int4 out inside the product. Of int8 and fp8 with a scale for each row or group it makes a copy
+in the target's precision, and since no copy depends on an activation, it makes those of all layers at once and holds them all.
+So each copy is made to wait for its layer's rows; then those of one layer are held at a time.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +34,8 @@ def lower_quantized_linear(model: ir.Model, context: TrtContext) -> None:
         turned = insert(node, "Transpose", [weight], name=f"{node.name}/columns", perm=[1, 0]).outputs[0]
         if rest and rest[0] is not None:
             rows = _rounded(model, node, rest[0])
+        elif stored.dtype != ir.DataType.INT4 and context.target.dialect == "rtx":
+            turned = _after(model, node, turned)
         product = insert(node, "MatMul", [rows, turned], name=f"{node.name}/product")
         replace(node.outputs[0], product.outputs[0])
 
@@ -45,6 +52,18 @@ def _by_groups(model: ir.Model, node: ir.Node, tensors: tuple[ir.Value, ir.Value
     values = insert(node, "DequantizeLinear", [groups, steps], name=f"{node.name}/groups", axis=0).outputs[0]
     shape = constant(model, f"shape.{rows}.{columns}", np.array([rows, columns], np.int64))
     return insert(node, "Reshape", [values, shape], name=f"{node.name}/weight").outputs[0]
+
+
+def _after(model: ir.Model, node: ir.Node, weight: ir.Value) -> ir.Value:
+    """The weight, as something that is not known before the rows are: zeros where a truth is above 1, which none is."""
+    nothing, one = (
+        constant(model, f"{name}.float32", np.array(n, np.float32)) for n, name in enumerate(("zero", "one"))
+    )
+    above = insert(node, "Greater", [node.inputs[0], nothing], name=f"{node.name}/above").outputs[0]
+    counted = insert(node, "Cast", [above], name=f"{node.name}/counted", to=ir.DataType.FLOAT.value).outputs[0]
+    most = insert(node, "ReduceMax", [counted], name=f"{node.name}/most", keepdims=0).outputs[0]
+    never = insert(node, "Greater", [most, one], name=f"{node.name}/never").outputs[0]
+    return insert(node, "Where", [never, nothing, weight], name=f"{node.name}/waiting").outputs[0]
 
 
 def _reshaped(model: ir.Model, value: ir.Value, shape: Sequence[int], suffix: str) -> ir.Value:

@@ -39,10 +39,19 @@ def test_of_experts_one_layer_is_copied_at_a_time() -> None:
     assert copied_numbers([], "rtx", "off", "inputs") == 0
 
 
-def test_of_int8_layers_all_are_where_that_was_seen() -> None:
+def test_of_linear_layers_in_eight_bits_one_layer_is_where_that_was_seen() -> None:
+    linear = [
+        HEAD,
+        ("decoder.layers.3.self_attn.qkv_proj.weight", "int8", 600),
+        ("decoder.layers.3.self_attn.o_proj.weight", "fp8", 500),
+        ("decoder.layers.13.self_attn.o_proj.weight", "int8", 700),
+        ("decoder.layers.13.mlp.gate_up_proj.weight", "int4", 9000),
+    ]
     for plugins in ("off", "required"):
-        assert copied_numbers([HEAD, HEAD], "rtx", plugins, "constants") == 2000
-        assert copied_numbers([HEAD, HEAD], "trt10", plugins, "constants") == 0
+        assert copied_numbers(linear, "rtx", plugins, "constants") == 600 + 500
+        assert copied_numbers([*linear, HEAD], "rtx", plugins, "constants") == 2000
+        assert copied_numbers(linear, "trt10", plugins, "constants") == 0
+    assert copied_numbers([*linear, *LAYERS], "rtx", "off", "inputs") == 600 + 500 + 5 + 17
 
 
 @pytest.mark.parametrize("banks", ["inputs", "constants"])
