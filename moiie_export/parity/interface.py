@@ -10,10 +10,10 @@ import onnx
 import torch
 
 from moiie_export.graph.components import Component, Tensor
+from moiie_export.parity.bisect_graphs import load_graph as read_graph
 from moiie_export.parity.report import Check, tell
 from moiie_runtime.backends.session import TensorSpec
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.errors import Unsound
 
 Specs = dict[str, TensorSpec]
 
@@ -22,13 +22,9 @@ def load_graph(bundle: Bundle, component: Component) -> onnx.ModelProto:
     """The parsed graph, without its weights.
 
     Raises:
-        Unsound: the file is not an ONNX model.
+        Unsound: the file is missing or not an ONNX model.
     """
-    path = bundle.path(component.file)
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own exception is not public
-        raise Unsound(f"{path}: is not an ONNX model: {error}", "export the bundle again") from error
+    return read_graph(bundle.path(component.file), "export the bundle again")
 
 
 def check_interface(bundle: Bundle, component: Component, model: onnx.ModelProto) -> list[Check]:
