@@ -23,7 +23,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="what --bundle was exported from, for parity in the pipeline")
     parser.add_argument("--plugins", type=Path, help="libmoiie_plugins.so, for the pipeline; default: dense experts")
     parser.add_argument("--json", type=Path, help="a file of JSON lines to add the results to")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for option in ("bundle", "checkpoint", "plugins"):
+        path = getattr(given, option)
+        if path is not None and not path.exists():
+            parser.error(f"--{option}: {path} does not exist")
+    return given
 
 
 def main() -> int:
@@ -69,8 +74,9 @@ def main() -> int:
     for step in steps:
         print(f"{step.what:58} {step.outcome}")
     wrong = [outcome.name for outcome in found if not outcome.passed] + [step.what for step in steps if step.failed]
-    count = len(found) + len(steps)
-    print(f"\n{count - len(wrong)} of {count} checks passed{': wrong: ' + '; '.join(wrong) if wrong else ''}")
+    count = len(found) + sum(step.ran for step in steps)
+    left = "".join(f"; not run: {step.what}" for step in steps if not step.ran)
+    print(f"\n{count - len(wrong)} of {count} checks passed{': wrong: ' + '; '.join(wrong) if wrong else ''}{left}")
     return 1 if wrong else 0
 
 

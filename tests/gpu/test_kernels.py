@@ -95,10 +95,16 @@ def test_the_pipeline_compares_tokens_and_says_what_is_missing(
     monkeypatch.setattr("moiie_runtime.load", load)
     (tmp_path / "bundle").mkdir()
     steps = list(pipeline.pipeline_steps(pipeline.Given(90, tmp_path / "bundle")))
-    assert [step.outcome for step in steps[:2]] == ["ok: 1 files in 1.0 s", outcome]
+    assert steps[0].outcome.startswith("ok: 1 files in 1.0 s, dense experts")
+    assert steps[1].outcome == outcome
     assert steps[1].failed == outcome.startswith("FAIL")
+    assert steps[1].ran == (not outcome.startswith("not run"))
     assert len(steps) == (2 if isinstance(engine, Exception) else 3), "parity follows where there is an engine"
     assert (asked[0].target.sms, asked[0].target.plugins) == ((90,), "off")
+    (tmp_path / "bundle" / "engines" / "server").mkdir(parents=True)
+    again = list(pipeline.pipeline_steps(pipeline.Given(90, tmp_path / "bundle")))
+    assert [step.outcome for step in again] == [step.outcome for step in steps[1:]], "engines that travelled are used"
+    assert len(asked) == 1
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -118,15 +124,17 @@ def test_wheels_may_come_in_parts(tmp_path: Path) -> None:
     (tmp_path / "a.whl").unlink()
     missing = _run("--help", WHEEL_PARTS=str(tmp_path))
     assert missing.returncode == 4
-    assert "no parts of a wheel" in missing.stderr
+    assert "no wheels (NAME.whl) and no parts of one" in missing.stderr
     (tmp_path / "a.whl.aa").write_bytes(data[:100])
     damaged = _run("--help", WHEEL_PARTS=str(tmp_path))
     assert damaged.returncode == 4
-    assert "a.whl: parts are missing or damaged" in damaged.stderr
+    assert "a.whl: is damaged, or parts are missing" in damaged.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["a.whl.aa"], "nothing half-made stays"
     (tmp_path / "a.whl.ab").write_bytes(data[100:])
+    with zipfile.ZipFile(tmp_path / "b.whl", "w") as wheel:
+        wheel.writestr("library_in_one_piece.py", "x = 2")
     for _ in range(2):
         assert _run("--help", WHEEL_PARTS=str(tmp_path)).returncode == 0
         unpacked = tmp_path / "unpacked"
         assert (unpacked / "library_in_parts" / "__init__.py").read_text().startswith("x = 1")
-        assert [each.name for each in unpacked.iterdir()] == ["library_in_parts"]
+        assert {each.name for each in unpacked.iterdir()} == {"library_in_parts", "library_in_one_piece.py"}
