@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     from moiie_runtime.engines import Engine
 
 
-def show_bisection(bundle: Path, target: str, save: Path | None, *, as_json: bool) -> None:
+def show_bisection(
+    bundle: Path, target: str, save: Path | None, *, plugins: Path | None, gpu: int | None, as_json: bool
+) -> None:
     """Bisect and print what was found.
 
     Args:
         bundle: the bundle's directory.
         target: a form of it that was built.
         save: a directory for what Polygraphy can look on with; None for none.
+        plugins: the plugin library that its engines hold; None for the one that `moiie plugins build` made.
+        gpu: which GPU runs it; None for the first.
         as_json: print one JSON document.
 
     Raises:
@@ -40,12 +44,14 @@ def show_bisection(bundle: Path, target: str, save: Path | None, *, as_json: boo
     if target == PORTABLE:
         raise MoiieError("--bisect: the bundle's own graphs are what it compares with", "name a target that was built")
     engine = open_engine(opened, target)
-    for extra in ("export", "polygraphy", "cpu"):
+    engine = engine if gpu is None else engine.on(gpu)
+    for extra in ("build", "polygraphy", "cpu"):
         need_extra(extra)
     if save is not None and bundle.resolve() in (save.resolve(), *save.resolve().parents):
         raise MoiieError(f"{save}: lies in the bundle, whose files are all listed", "choose a --save beside it")
+    _refuse_unread(engine, plugins)
     graphs = {name: bundle / each.file for name, each in opened.components.items()}
-    found, commands = _bisect(opened, engine, None if save is None else (graphs, save))
+    found, commands = _bisect(opened, engine, plugins, None if save is None else (graphs, save))
     if as_json:
         emit_json(found.to_dict() | {"commands": commands})
     else:
@@ -57,14 +63,22 @@ def show_bisection(bundle: Path, target: str, save: Path | None, *, as_json: boo
     if found.differences:
         raise Unsound(
             f"{bundle}: engine {target} computes something else: {found.differences[0]}",
-            _hint(found, f"moiie build {bundle} --target {target} --force"),
+            _hint(found, f"{engine.build} --force"),
         )
 
 
+def _refuse_unread(engine: Engine, plugins: Path | None) -> None:
+    from moiie_export.parity.bisect_plugins import holds_plugins
+
+    if plugins is not None and not holds_plugins(engine):
+        raise MoiieError(f"--plugins: the engines of target {engine.target} hold no plugin library", "leave it out")
+
+
 def _bisect(
-    bundle: Bundle, engine: Engine, save: tuple[Mapping[str, Path], Path] | None
+    bundle: Bundle, engine: Engine, plugins: Path | None, save: tuple[Mapping[str, Path], Path] | None
 ) -> tuple[Bisection, list[str]]:
     """What was found, and commands to look on with what `saving` of these arguments wrote."""
+    from moiie_export.cli.build import DEFAULT_PLUGINS
     from moiie_export.parity.bisect import bisect
     from moiie_export.parity.bisect_save import saving
     from moiie_export.parity.bisect_sides import values_of
@@ -73,7 +87,7 @@ def _bisect(
         saved = None if save is None else stack.enter_context(saving(*save))
         options = engine.options()
         stack.callback(options.close)
-        values = stack.enter_context(contextlib.closing(values_of(engine, options)))
+        values = stack.enter_context(contextlib.closing(values_of(engine, options, plugins or DEFAULT_PLUGINS)))
         progress = Progress()
         found = bisect(bundle, engine, values, progress, *([] if saved is None else [saved.keep]))
         progress.finish()

@@ -126,6 +126,12 @@ VERBOSE_OPTION = click.option(
     help="Say more on stderr; -vv for debugging.",
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+GPU_OPTION = click.option(
+    "--gpu",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Which GPU runs a target that was built for one, as `moiie doctor` numbers them.  [default: 0]",
+)
 BUNDLE_ARGUMENT = click.argument("bundle", type=click.Path(path_type=Path))
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 

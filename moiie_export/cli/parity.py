@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moiie_export.cli.common import BUNDLE_ARGUMENT, CONTEXT, JSON_OPTION, VERBOSE_OPTION, emit_json, note
+from moiie_export.cli.common import (
+    BUNDLE_ARGUMENT,
+    CONTEXT,
+    GPU_OPTION,
+    JSON_OPTION,
+    VERBOSE_OPTION,
+    emit_json,
+    note,
+)
 from moiie_export.cli.progress import Progress
 from moiie_runtime.errors import Unsound
 
@@ -23,6 +31,7 @@ Examples:
   moiie parity moiie-phi3.bundle --checkpoint checkpoints/moiie-phi3 --target rtx
   moiie parity moiie-phi3.bundle --bisect --target cpu
   moiie parity moiie-phi3.bundle --bisect --target cpu --save differences
+  moiie parity moiie-phi3.bundle --bisect --target rtx --plugins libmoiie_plugins.so
 
 Both models get the same pictures and texts: those of the recipe's
 parity.cases, or made-up ones. Compared, in this order: names, shapes, dtypes,
@@ -40,8 +49,9 @@ what it does not give (hidden states, most often) is listed as not run.
 graphs on the same inputs and compares them; the first node is named whose result
 differs by more than the recipe's bounds. Exits 3 when there is one. --save then
 writes, as Polygraphy's JSON, the inputs and the values of both sides up to that
-node, and shows the commands of Polygraphy that look at them. --bisect and
---polygraphy need the extra `polygraphy`.
+node, and shows the commands of Polygraphy that look at them. Engines of TensorRT
+that hold their plugin library are built again with it: --plugins. --bisect and
+--polygraphy need the extra `polygraphy`; --bisect needs no PyTorch.
 
 --ranges compares nothing: it runs the checkpoint on the same prompts and shows
 how large every layer's inputs and outputs get, by expert and modality, and
@@ -96,6 +106,13 @@ _UNREAD = {
     help="Write inputs and outputs of what --bisect found, for Polygraphy.",
 )
 @click.option(
+    "--plugins",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="With --bisect: the plugin library that TARGET's engines hold.  [default: plugins-build/libmoiie_plugins.so]",
+)
+@GPU_OPTION
+@click.option(
     "--polygraphy", is_flag=True, help="Let Polygraphy run both sides, one graph after another, and compare them."
 )
 @click.option("--ranges", is_flag=True, help="Measure how large activations get in the checkpoint's model instead.")
@@ -111,7 +128,7 @@ def command(bundle: Path, checkpoint: Path | None, vision_tower: Path | None, re
     if rest["bisect"]:
         from moiie_export.cli.bisect import show_bisection
 
-        show_bisection(bundle, target, rest["save"], as_json=as_json)
+        show_bisection(bundle, target, **{name: rest[name] for name in ("save", "plugins", "gpu", "as_json")})
         return
     assert checkpoint is not None
     from moiie_export.cli.sources import checkpoint_directory, need_extra
@@ -133,12 +150,18 @@ def command(bundle: Path, checkpoint: Path | None, vision_tower: Path | None, re
         need_extra("polygraphy")
         from moiie_export.parity.polygraphy import compare_with_polygraphy
 
-        report = compare_with_polygraphy(bundle, checkpoint, vision_tower, target, progress)
+        report = compare_with_polygraphy(bundle, checkpoint, vision_tower, target, progress, gpu=rest["gpu"])
     else:
         from moiie_export.parity import check_parity
 
         report = check_parity(
-            bundle, checkpoint, vision_tower=vision_tower, cases=cases, progress=progress, target=target
+            bundle,
+            checkpoint,
+            vision_tower=vision_tower,
+            cases=cases,
+            progress=progress,
+            target=target,
+            gpu=rest["gpu"],
         )
     progress.finish()
     _show(report, (bundle, checkpoint, target), outputs, as_json=as_json)
@@ -150,6 +173,10 @@ def _refuse_unread(given: dict[str, Any]) -> None:
         raise click.UsageError("--bisect goes with --target: it looks into what `moiie build` made")
     if given["save"] is not None and not given["bisect"]:
         raise click.UsageError("--save goes with --bisect: it keeps what differs")
+    if given["plugins"] is not None and not given["bisect"]:
+        raise click.UsageError("--plugins goes with --bisect: it builds graphs again")
+    if given["gpu"] is not None and given["target"] is None:
+        raise click.UsageError("--gpu goes with --target: the bundle's own graphs run on no GPU")
     if given["checkpoint"] is None and not given["bisect"]:
         raise click.UsageError("missing option '--checkpoint'")
     for name in ("ranges", "polygraphy"):

@@ -12,6 +12,7 @@ import click
 from moiie_export.cli.common import (
     BUNDLE_ARGUMENT,
     CONTEXT,
+    GPU_OPTION,
     JSON_OPTION,
     VERBOSE_OPTION,
     emit_json,
@@ -123,12 +124,7 @@ _THE_BUNDLES = "  [default: the bundle's]"
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with.  [default: one a core]"
 )
-@click.option(
-    "--gpu",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Which GPU runs a target that was built for one, as `moiie doctor` numbers them.  [default: 0]",
-)
+@GPU_OPTION
 @memory_limit_option(
     "Refuse what is predicted to take more, for example 8GiB; on a GPU without it: more than is free there."
 )

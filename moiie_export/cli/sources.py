@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moiie_export.recipe import Recipe
 
 EXTRAS = {
+    "build": ("ml_dtypes", "onnx", "onnx_ir"),
     "cpu": ("onnxruntime",),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "transformers"),
     "report": ("matplotlib",),

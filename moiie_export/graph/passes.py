@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 from moiie_export.graph.components import Component
 from moiie_export.graph.deepen import scopes
 from moiie_export.graph.quantized import rewrite_quantized
+from moiie_export.graph.rewriting import ORIGIN
 from moiie_export.graph.storage import Storage
 from moiie_export.ops import DOMAIN, OPS
 from moiie_export.ops.op import VERSION
@@ -107,10 +108,6 @@ def _cast_where_used(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor
     del model.graph.initializers[name]
     model.graph.register_initializer(stored)
     model.graph.insert_before(model.graph[0], node)
-
-
-ORIGIN = "torch"
-"""Metadata of a node: the module of the reference model that it comes from."""
 
 
 def strip_metadata(model: ir.Model, context: PassContext) -> None:

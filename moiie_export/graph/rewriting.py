@@ -12,6 +12,9 @@ from onnx_ir.passes import common
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own ops."""
 
+ORIGIN = "torch"
+"""Metadata of a node: the module of the reference model that it comes from."""
+
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node that makes a value, when it is of one of these types."""

@@ -12,7 +12,7 @@ from moiie_runtime.errors import MissingDependency
 __all__ = ["Check", "ParityCase", "Report", "check_parity"]
 
 
-def check_parity(
+def check_parity(  # noqa: PLR0913 - settings, each given by its name
     bundle: Path,
     checkpoint: Path,
     *,
@@ -20,6 +20,7 @@ def check_parity(
     cases: Sequence[ParityCase] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     target: str | None = None,
+    gpu: int | None = None,
 ) -> Report:
     """Compare a bundle, run by ONNX Runtime, with the PyTorch model of a checkpoint, stage by stage and layer by layer.
 
@@ -36,6 +37,7 @@ def check_parity(
         target: a form that `moiie build` made of the bundle, in place of its own graphs. What it does not give as an
             output is listed as not run. Bounds are those of engines that round (`parity.bounds.engine_half`,
             `engine_int8`) where it does.
+        gpu: which GPU runs a form that was built for one; None: the first.
 
     Returns:
         The report; truthy when all checks pass.
@@ -48,4 +50,4 @@ def check_parity(
         from moiie_export.parity.run import Parity
     except ModuleNotFoundError as error:
         raise MissingDependency(f"parity needs {error.name}", "pip install 'moiie-export[cpu,export]'") from error
-    return Parity(bundle, checkpoint, vision_tower, target).run(cases, progress or (lambda *_: None))
+    return Parity(bundle, checkpoint, vision_tower, target, gpu).run(cases, progress or (lambda *_: None))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moiie_export.graph.passes import ORIGIN
+from moiie_export.graph.rewriting import ORIGIN
 from moiie_export.parity.bisect_graphs import between, readable
 from moiie_export.parity.bisect_inputs import made_up_inputs
 from moiie_export.parity.bisect_sides import Sides, Values

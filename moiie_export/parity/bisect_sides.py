@@ -34,12 +34,21 @@ class Values(Protocol):
         """Give back what was made for it."""
 
 
-def values_of(engine: Engine, options: EngineOptions) -> Values:
-    """What runs the graphs of this engine; the caller closes it."""
+def values_of(engine: Engine, options: EngineOptions, plugins: Path | None = None) -> Values:
+    """What runs the graphs of this engine; the caller closes it.
+
+    Args:
+        engine: the built form.
+        options: of its backend.
+        plugins: where the plugin library lies that its engines hold, if they do.
+
+    Raises:
+        MissingDependency: the library is not there.
+    """
     if engine.backend.startswith("tensorrt"):
         from moiie_export.parity.bisect_tensorrt import TensorRtValues
 
-        return TensorRtValues(engine, options)
+        return TensorRtValues(engine, options, plugins)
     return EngineValues(engine, options)
 
 

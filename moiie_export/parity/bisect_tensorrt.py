@@ -21,6 +21,7 @@ from moiie_export.builders.compile_engine import EngineJob
 from moiie_export.builders.dialect_graph import lower_component, save_graph, target_of
 from moiie_export.builders.engine_process import run_job
 from moiie_export.builders.engine_specs import Profile
+from moiie_export.parity.bisect_plugins import holds_plugins, plugin_library
 from moiie_export.parity.values import caches_of
 from moiie_runtime.backends.session import EngineOptions, Session, TensorSpec
 from moiie_runtime.backends.tensorrt import TensorRtSession
@@ -39,10 +40,15 @@ class TensorRtValues:
     Args:
         engine: the built form.
         options: of its backend, which found TensorRT and a GPU.
+        plugins: where the plugin library lies that the engines hold.
+
+    Raises:
+        MissingDependency: the library is not there.
     """
 
-    def __init__(self, engine: Engine, options: EngineOptions) -> None:
+    def __init__(self, engine: Engine, options: EngineOptions, plugins: Path | None = None) -> None:
         assert options.device is not None
+        self._plugins = plugin_library(engine, plugins)
         self._engine, self._device = engine, options.device
         self._library = load_library(engine.backend)
         self._work = tempfile.TemporaryDirectory()
@@ -98,13 +104,14 @@ class TensorRtValues:
 
     def _job(self, component: str, graph: Path, plan: Path) -> EngineJob:
         document = self._engine.document
+        described = document["components"][component]
         profiles = [
             Profile(each["name"], {name: (low, best, high) for name, (low, best, high) in each["sizes"].items()})
-            for each in document["components"][component]["profiles"]
+            for each in described["profiles"]
         ]
-        plugins = (document.get("plugins") or {}).get("file")
-        library = None if plugins is None else self._engine.bundle.path(f"{self._engine.folder}/{plugins}")
-        return EngineJob(component, graph, plan, profiles, tuple(document["sms"]), library, embed_plugins=False)
+        library = self._plugins if described.get("plugins", True) else None
+        embed = holds_plugins(self._engine)
+        return EngineJob(component, graph, plan, profiles, tuple(document["sms"]), library, embed_plugins=embed)
 
     def _marked(self, component: str, plan: Path, found: Mapping[str, TensorSpec]) -> Engine:
         """The engine, described as what was built of it."""

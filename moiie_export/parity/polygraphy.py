@@ -20,6 +20,7 @@ from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
 from moiie_export.parity.bisect_inputs import made_up_inputs
 from moiie_export.parity.bounds import bounds_kind, read_bounds
+from moiie_export.parity.built_form import built_form
 from moiie_export.parity.comparator import (
     BaseRunner,
     SessionRunner,
@@ -39,7 +40,7 @@ from moiie_export.source import ModelSource
 from moiie_runtime.backends import get_backend
 from moiie_runtime.backends.session import EngineOptions, Session
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.engines import PORTABLE, open_engine
+from moiie_runtime.engines import PORTABLE
 from moiie_runtime.kv_cache import static_rows
 
 _EXACT = "expert_ids."
@@ -81,6 +82,8 @@ def compare_with_polygraphy(
     vision_tower: Path | None,
     target: str | None,
     progress: Callable[[str, int, int], None],
+    *,
+    gpu: int | None = None,
 ) -> Report:
     """Run every graph of a bundle, or of a built form, and its reference, and let Polygraphy compare.
 
@@ -90,6 +93,7 @@ def compare_with_polygraphy(
         vision_tower: where a separate vision tower lies.
         target: a built form; None for the bundle's own graphs.
         progress: called with the stage's name, graphs done and graphs in all.
+        gpu: which GPU runs a form that was built for one; None: the first.
 
     Returns:
         One check for each output of each graph.
@@ -98,7 +102,7 @@ def compare_with_polygraphy(
         MissingDependency: an engine cannot run on this machine.
     """
     portable = Bundle.open(bundle)
-    engine = None if target in (None, PORTABLE) else open_engine(portable, str(target))
+    engine = built_form(portable, target or PORTABLE, gpu)
     options = EngineOptions() if engine is None else engine.options()
     opened = portable if engine is None else engine.bundle
     formats = stored_formats(opened)

@@ -14,6 +14,7 @@ from moiie_export.graph.components import Component
 from moiie_export.model.load import load_model
 from moiie_export.parity.beams import compare_beams
 from moiie_export.parity.bounds import bounds_kind, read_bounds
+from moiie_export.parity.built_form import built_form
 from moiie_export.parity.cases import Layout, Question, check_prompt, from_recipe, lay_out, made_up
 from moiie_export.parity.data import case_data, coverage, model_data, report_data
 from moiie_export.parity.decoder_stage import CHUNK, CaseRun, DecoderStage, spread
@@ -31,7 +32,7 @@ from moiie_export.parity.weights import check_embedding, check_weights
 from moiie_export.recipe_parity import Bounds, ParityCase
 from moiie_export.source import ModelSource
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.engines import PORTABLE, open_engine
+from moiie_runtime.engines import PORTABLE
 from moiie_runtime.kv_cache import static_rows
 from moiie_runtime.prompt import Prompt
 from moiie_runtime.vlm import VLM, load
@@ -65,10 +66,18 @@ class Asked:
 class Parity:
     """Compares one bundle with one checkpoint. See `moiie_export.parity.check_parity`."""
 
-    def __init__(self, bundle: Path, checkpoint: Path, vision_tower: Path | None, target: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        checkpoint: Path,
+        vision_tower: Path | None,
+        target: str | None = None,
+        gpu: int | None = None,
+    ) -> None:
         self._portable = Bundle.open(bundle)
         self._target = target or PORTABLE
-        self._engine = None if self._target == PORTABLE else open_engine(self._portable, self._target)
+        self._gpu = gpu
+        self._engine = built_form(self._portable, self._target, gpu)
         self._bundle = self._portable if self._engine is None else self._engine.bundle
         self._built: BundleGraphs | None = None
         self._formats = stored_formats(self._bundle)
@@ -113,7 +122,7 @@ class Parity:
             reference = Reference(load_model(source, read=stored.read), self._bounds.tie_margin)
             report.checks.append(check_embedding(stored, bundle.embed_tokens.tensor, source, bundle.dtype))
             questions = self._questions(cases)
-            with self._graphs(wanted, models) as graphs, load(bundle.root, target=self._target) as vlm:
+            with self._graphs(wanted, models) as graphs, load(bundle.root, target=self._target, gpu=self._gpu) as vlm:
                 report.checks += graphs.unseen(wanted)
                 self._compare(source, reference, graphs, vlm, questions, progress)
             progress("weights", 0, 1)

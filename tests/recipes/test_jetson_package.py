@@ -113,7 +113,7 @@ def test_install_uses_the_systems_tensorrt_or_stops(python: Path, cuda: str, bin
     given = {"MOIIE_EXPORT": "/data/moiie_export-0.1.0-py3-none-any.whl", "CUDA_HOME": str(folder / cuda)}
     done, calls = run("install.sh", python, **given)
     assert done.returncode == 0, done.stderr
-    wheel = f"{given['MOIIE_EXPORT']}[cpu,build,plugins,tensorrt]"
+    wheel = f"{given['MOIIE_EXPORT']}[cpu,build,plugins,polygraphy,tensorrt]"
     assert calls[1:] == [f"-m pip install --constraint {FOLDER}/forbidden.txt {bindings}{wheel}"]
     (folder / "no-tensorrt").touch()
     (folder / "calls").unlink()

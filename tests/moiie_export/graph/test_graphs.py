@@ -11,7 +11,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from moiie_export.graph.passes import ORIGIN
+from moiie_export.graph.rewriting import ORIGIN
 from moiie_export.ops.op import OPSET
 
 GRAPHS = ("vision_encoder", "decoder_prefill", "decoder_decode")
