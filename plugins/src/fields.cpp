@@ -40,6 +40,10 @@ std::vector<double> read(PluginField const& field) {
 }
 
 FieldRule const& rule_of(std::vector<FieldRule> const& rules, PluginField const& field) {
+    static FieldRule const workspace{kWorkspaceField, false, false, false, 0};
+    if (field.name != nullptr && std::strcmp(workspace.name, field.name) == 0) {
+        return workspace;
+    }
     for (FieldRule const& rule : rules) {
         if (field.name != nullptr && std::strcmp(rule.name, field.name) == 0) {
             return rule;

@@ -19,6 +19,9 @@ struct FieldRule {
     double otherwise;  // when the attribute is absent and not required
 };
 
+// Not of a node, but written into an engine beside its attributes: bytes of workspace that TensorRT was asked for.
+inline constexpr char const* kWorkspaceField = "workspace_bytes";
+
 // The attributes of one node. Copies own their data.
 class Fields {
 public:
@@ -31,6 +34,9 @@ public:
     int64_t whole(std::string const& name) const;
     double real(std::string const& name) const;
     std::vector<int64_t> const& list(std::string const& name) const;
+    // Whether it was given, or set; only kWorkspaceField may be missing.
+    bool has(std::string const& name) const { return lists_.count(name) != 0; }
+    void set_whole(std::string const& name, int64_t value) { lists_[name] = {value}; }
 
     // For the engine; lives as long as this object.
     nvinfer1::PluginFieldCollection const* collection();

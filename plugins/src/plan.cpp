@@ -191,10 +191,12 @@ size_t workspace_bytes(Variant const& variant, Values const& largest) {
     return static_cast<size_t>(most);
 }
 
-void run(Plan const& plan, Launching what, void* workspace, cudaStream_t stream) {
+void run(Plan const& plan, Launching what, void* workspace, Reserved const& reserved, cudaStream_t stream) {
     derive(plan, what.symbols);
     std::map<std::string, int64_t> offsets;
-    if (lay_out(plan, what.symbols, offsets) > 0 && workspace == nullptr) {
+    int64_t const needed = lay_out(plan, what.symbols, offsets);
+    reserved.check(needed);
+    if (needed > 0 && workspace == nullptr) {
         throw Refusal("TensorRT gave no workspace");
     }
     for (auto const& [name, offset] : offsets) {

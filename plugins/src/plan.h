@@ -6,6 +6,7 @@
 
 #include "launch_table.h"
 #include "op.h"
+#include "reserved.h"
 
 namespace moiie {
 
@@ -33,8 +34,9 @@ struct Launching {
 };
 
 // Launches a plan's kernels one after another.
-// Throws Refusal naming the kernel and argument when one is missing, misaligned or too large.
-void run(Plan const& plan, Launching what, void* workspace, cudaStream_t stream);
+// Throws Refusal naming the kernel and argument when one is missing, misaligned or too large, and before the first launch
+// when the workspace is smaller than what the plan lays out.
+void run(Plan const& plan, Launching what, void* workspace, Reserved const& reserved, cudaStream_t stream);
 
 // Loads a plan's kernels, so that nothing is loaded later while a CUDA graph is captured.
 void load(Plan const& plan);

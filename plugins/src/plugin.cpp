@@ -8,6 +8,7 @@
 #include "output_shapes.h"
 #include "plan.h"
 #include "refusal.h"
+#include "reserved.h"
 
 namespace moiie {
 namespace {
@@ -60,7 +61,8 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public Build,
                      public nvinfer1::IPluginV3OneRuntime {
 public:
-    Plugin(Op const& op, Fields const& fields) : op_(op), fields_(fields) {}
+    Plugin(Op const& op, Fields const& fields, Reserved const& reserved)
+        : op_(op), fields_(fields), reserved_(reserved) {}
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
         switch (type) {
@@ -72,7 +74,7 @@ public:
     }
 
     nvinfer1::IPluginV3* clone() noexcept override {
-        return guarded<nvinfer1::IPluginV3*>(op_.name, nullptr, [&] { return new Plugin(op_, fields_); });
+        return guarded<nvinfer1::IPluginV3*>(op_.name, nullptr, [&] { return new Plugin(op_, fields_, reserved_); });
     }
 
     nvinfer1::AsciiChar const* getPluginName() const noexcept override { return op_.name; }
@@ -126,12 +128,16 @@ public:
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
                             int32_t) const noexcept override {
-        return guarded(op_.name, size_t{0}, [&] {
+        // TensorRT knows no refusal here: after one it reserves nothing, whoever builds the engine is to ask for the
+        // errors (moiieTakeErrors), and `enqueue` refuses.
+        size_t const bytes = guarded(op_.name, size_t{0}, [&] {
             std::vector<Dims> const largest = dims_of(inputs, count, &DynamicPluginTensorDesc::max);
             check_known(op_, largest);
             Values const most = shape_symbols(op_, fields_, largest);
             return workspace_bytes(variant_of(op_, most, inputs[0].desc.type), most);
         });
+        reserved_.ask(static_cast<int64_t>(bytes));
+        return bytes;
     }
 
     // Of IPluginV3OneBuildV2 only; elsewhere a function that nobody calls.
@@ -157,7 +163,7 @@ public:
                 copy_input(input_tensors[op_.aliased_input], inputs[op_.aliased_input], outputs[0], stream);
             }
             bind(what, inputs, outputs);
-            run(plan, std::move(what), workspace, stream);
+            run(plan, std::move(what), workspace, reserved_, stream);
             return kOk;
         });
     }
@@ -165,7 +171,12 @@ public:
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
 
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override {
-        return guarded<nvinfer1::PluginFieldCollection const*>(op_.name, nullptr, [&] { return fields_.collection(); });
+        return guarded<nvinfer1::PluginFieldCollection const*>(op_.name, nullptr, [&] {
+            if (reserved_.known()) {
+                fields_.set_whole(kWorkspaceField, reserved_.bytes());
+            }
+            return fields_.collection();
+        });
     }
 
 private:
@@ -206,6 +217,7 @@ private:
 
     Op const& op_;
     Fields fields_;
+    Reserved reserved_;
 };
 
 }  // namespace
@@ -216,10 +228,11 @@ nvinfer1::IPluginV3* make_plugin(Op const& op, nvinfer1::PluginFieldCollection c
     if (op.from_fields != nullptr) {
         op.from_fields(fields, symbols);
     }
+    Reserved const reserved = fields.has(kWorkspaceField) ? Reserved(fields.whole(kWorkspaceField)) : Reserved();
     if (op.aliased_input >= 0) {
-        return new Plugin<nvinfer1::IPluginV3OneBuildV2>(op, fields);
+        return new Plugin<nvinfer1::IPluginV3OneBuildV2>(op, fields, reserved);
     }
-    return new Plugin<nvinfer1::IPluginV3OneBuild>(op, fields);
+    return new Plugin<nvinfer1::IPluginV3OneBuild>(op, fields, reserved);
 }
 
 }  // namespace moiie

@@ -6,6 +6,7 @@
 //   input|output TYPE N D... OFFSET [max D...]   a tensor of the node to come
 //   profile given|empty|zeros         what the next builds are told of the bounds of shapes
 //   build OP                          create, negotiate, configure; prints workspace and output shapes
+//   without NAME                      what the next engines do not keep: a field that older ones lack
 //   run WORKSPACE_OFFSET              serialise, create for run time, attach, shape change, enqueue
 //   cycles OP COUNT                   create, clone, serialise, create again, destroy
 //   formats OP                        for every tensor the types that the plugin takes
@@ -36,6 +37,7 @@ struct State {
     std::vector<Given> inputs;
     std::vector<Given> outputs;
     std::string profile = "given";
+    std::string without;
     std::unique_ptr<IPluginV3> plugin;
 } state;
 
@@ -74,6 +76,9 @@ std::unique_ptr<IPluginV3> reload(std::unique_ptr<IPluginV3> plugin) {
     std::vector<PluginField> entries;
     for (int32_t i = 0; i < kept->nbFields; ++i) {
         PluginField const& field = kept->fields[i];
+        if (state.without == field.name) {
+            continue;
+        }
         auto const* const data = static_cast<char const*>(field.data);
         copies.push_back({field.name, field.type, field.length, {data, data + field.length * 8}});  // 64-bit kinds only
         Field const& copy = copies.back();
@@ -165,7 +170,10 @@ bool build(std::string const& name) {
         std::cout << " alias " << static_cast<IPluginV3OneBuildV2*>(build)->getAliasedInput(0);
     }
     std::cout << std::endl;
-    size_t const workspace = build->getWorkspaceSize(inputs.data(), input_count, outputs.data(), output_count);
+    // Asked of a clone: TensorRT need not ask the plugin that it writes into the engine.
+    std::unique_ptr<IPluginV3> const clone(state.plugin->clone());
+    size_t const workspace = capability<IPluginV3OneBuild>(*clone, PluginCapabilityType::kBUILD)
+                                 ->getWorkspaceSize(inputs.data(), input_count, outputs.data(), output_count);
     std::cout << "workspace " << workspace << std::endl;
     return true;
 }
@@ -300,6 +308,8 @@ bool execute(std::istream& in) {
         state.outputs.push_back(read_tensor(in));
     } else if (verb == "profile") {
         in >> state.profile;
+    } else if (verb == "without") {
+        in >> state.without;
     } else if (verb == "build") {
         return in >> name && build(name);
     } else if (verb == "run") {

@@ -128,6 +128,7 @@ def main(path: Path) -> None:
                     "bytes": None if plan is None else len(plan),
                     "layers": [layer.decode() for layer in layers],
                     "op": plan is not None and example.op.encode() in plan,
+                    "workspace": plan is not None and b"workspace_bytes" in plan,
                     "embedded": plan is not None and b"expert_prefill_gate_up" in plan,
                     "said": said,
                     "refusals": take_refusals(path),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.plugins.cpp.nodes import EXAMPLES
-from tests.plugins.cpp.shell import TYPES, drive, tools
+from tests.plugins.cpp.shell import SM, TYPES, Node, Said, drive, tools
 
 CREATORS = [
     "ExpertDispatch|1||experts",
@@ -111,15 +112,52 @@ def test_a_profile_that_says_nothing_leaves_the_networks_own_shapes(profile: str
         assert not said.all("failed")
 
 
+def _bounded(tokens: int) -> Node:
+    """`decode`, three tokens, in a network whose profile says that there are at most that many."""
+    rows = {"hidden": (tokens, 64), "expert_ids": (tokens, 2), "expert_weights": (tokens, 2), "out": (tokens, 64)}
+    return EXAMPLES["decode"]().node(most=rows)
+
+
+def _run(folder: Path, *lines: str) -> tuple[Said, bool]:
+    """What is said when a node is built and run over an arena of zeros, and whether anything was launched."""
+    arena, log = folder / "arena", folder / "launches"
+    arena.write_bytes(bytes(1 << 16))
+    said = drive([f"arena {arena} {1 << 16}", *lines, "run 256"], {"STUB_LOG": str(log), "STUB_SM": str(SM)})
+    return said, log.exists()
+
+
 @pytest.mark.parametrize("profile", ["empty", "zeros"])
-def test_no_workspace_is_guessed_for_shapes_that_nobody_bounds(profile: str) -> None:
-    example = EXAMPLES["decode"]()
-    node = example.node(
-        most={"hidden": (500, 64), "expert_ids": (500, 2), "expert_weights": (500, 2), "out": (500, 64)}
-    )
-    said = drive([f"profile {profile}", *node.lines(), f"build {node.op}"], driver=False)
+def test_without_a_largest_shape_no_workspace_is_guessed_and_nothing_is_launched(profile: str, tmp_path: Path) -> None:
+    """TensorRT cannot be told while it asks: it reserves nothing, and the engine must not run in what it has not got."""
+    node = _bounded(500)
+    said, launched = _run(tmp_path, f"profile {profile}", *node.lines(), f"build {node.op}")
     assert said.one("workspace") == "0"
-    (sentence,) = said.all("log")
-    assert sentence.startswith(
+    unknown, refused = said.all("log")
+    assert unknown.startswith(
         "ExpertDispatch: input 0 (hidden) has the shape [?, 64], and the profile says no largest one"
     )
+    assert refused == (
+        "ExpertDispatch: these shapes need a workspace of 1280 bytes, and the engine was built with 0: "
+        "build it again with a profile that bounds them"
+    )
+    assert said.all("failed") == ["run 256"]
+    assert not launched
+
+
+@pytest.mark.parametrize(("most", "reserved", "fits"), [(1, 512, False), (3, 1280, True), (500, 269056, True)])
+def test_shapes_beyond_the_profile_are_not_run(most: int, reserved: int, fits: bool, tmp_path: Path) -> None:
+    node = _bounded(most)
+    said, launched = _run(tmp_path, *node.lines(), f"build {node.op}")
+    assert said.one("workspace") == str(reserved)
+    assert launched is fits
+    assert [
+        f"a workspace of 1280 bytes, and the engine was built with {reserved}:" in line for line in said.all("log")
+    ] == ([] if fits else [True])
+
+
+def test_an_engine_that_does_not_say_its_workspace_runs(tmp_path: Path) -> None:
+    """Engines of before it was kept."""
+    node = _bounded(1)
+    said, launched = _run(tmp_path, "without workspace_bytes", *node.lines(), f"build {node.op}")
+    assert launched
+    assert not said.all("log")

@@ -45,6 +45,7 @@ def test_every_op_builds(builds: list[dict[str, Any]]) -> None:
     for each in right:
         assert each["bytes"], each
         assert each["op"]
+        assert each["workspace"], "the engine says what it was built with"
         assert not each["refusals"]
         # A network that is one update in place has no text in its plan.
         assert each["layers"] or each["name"] == "cache", each
