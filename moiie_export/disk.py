@@ -14,6 +14,9 @@ from typing import Any
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.strict_files import open_regular
 
+WRITABLE = "check the folder's permissions and the free space"
+"""What to do where the system refuses to write."""
+
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, keys sorted."""
@@ -69,8 +72,13 @@ def copy_file(source: Path, target: Path) -> None:
         flush(target)
 
 
-def check_space(directory: Path, needed: int) -> None:
+def check_space(directory: Path, needed: int, hint: str = "free some space, or choose another -o") -> None:
     """Refuse to begin writing `needed` bytes where there is no room for them.
+
+    Args:
+        directory: where.
+        needed: how many.
+        hint: for who has no -o to choose.
 
     Raises:
         MoiieError: with both numbers.
@@ -78,10 +86,7 @@ def check_space(directory: Path, needed: int) -> None:
     with write_errors(directory):
         usage = shutil.disk_usage(directory)
     if usage.total and usage.free < needed:  # a file system that does not know says 0
-        raise MoiieError(
-            f"{directory}: {needed} bytes have to be written, {usage.free} are free",
-            "free some space, or choose another -o",
-        )
+        raise MoiieError(f"{directory}: {needed} bytes have to be written, {usage.free} are free", hint)
 
 
 @contextmanager
@@ -135,31 +140,29 @@ def remove_tree(directory: Path, last: Sequence[str]) -> None:
 
 
 @contextmanager
-def write_errors(where: Path) -> Iterator[None]:
-    """Turn the system's refusals into errors that name the file."""
+def write_errors(where: Path, hint: str = f"{WRITABLE}, or choose another -o") -> Iterator[None]:
+    """Turn the system's refusals into errors that name the file, with a hint."""
     try:
         yield
     except BrokenPipeError:  # of a progress report, not of a file
         raise
     except OSError as error:
-        raise MoiieError(
-            f"{error.filename or where}: cannot be written: {error.strerror or error}",
-            "check the folder's permissions and the free space, or choose another -o",
-        ) from error
+        raise MoiieError(f"{error.filename or where}: cannot be written: {error.strerror or error}", hint) from error
 
 
 @contextmanager
-def lock(path: Path, busy: str) -> Iterator[None]:
+def lock(path: Path, busy: str, hint: str = "wait for it to finish, or choose another -o") -> Iterator[None]:
     """Hold an exclusive lock on a file made for it and removed afterwards; the system drops that of a killed process.
 
     Args:
         path: the lock file.
         busy: what the error says when another process holds it.
+        hint: what to do then.
 
     Raises:
         MoiieError: another process holds it, or the file system has no locks.
     """
-    with _locked_file(path, busy):
+    with _locked_file(path, busy, hint):
         try:
             yield
         finally:
@@ -167,14 +170,14 @@ def lock(path: Path, busy: str) -> Iterator[None]:
 
 
 @contextmanager
-def _locked_file(path: Path, busy: str) -> Iterator[None]:
+def _locked_file(path: Path, busy: str, hint: str) -> Iterator[None]:
     """Open and lock until the locked file is the one of that name: its last owner may just have removed it."""
     while True:
         with path.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise MoiieError(busy, "wait for it to finish, or choose another -o") from error
+                raise MoiieError(busy, hint) from error
             except OSError as error:
                 raise MoiieError(
                     f"{path}: cannot be locked: {error.strerror or error}",

@@ -5,6 +5,7 @@ Every session has buffers of its own: what both decoder graphs are fed lies ther
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -69,6 +70,8 @@ def _sizes(engine: Engine, name: str, request: Request) -> dict[str, int]:
 def _nbytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
     """Of a tensor; a dimension is a number, a name, or a product such as `batch*sequence`."""
     factors = [
-        int(part) if part.isdigit() else sizes.get(part, 1) for size in spec.shape for part in str(size).split("*")
+        int(part) if re.fullmatch("[0-9]{1,18}", part) else sizes.get(part, 1)
+        for size in spec.shape
+        for part in str(size).split("*")
     ]
     return prod(factors) * ITEM_BYTES[spec.dtype]

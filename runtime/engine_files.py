@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moiie_runtime.build_command import build_command
 from moiie_runtime.bundle import Bundle, file_problem
 from moiie_runtime.engines import DOCUMENT, ENGINES, built_targets, changed_source, open_engine, read_document
 from moiie_runtime.errors import MoiieError
@@ -54,9 +55,10 @@ def engine_files(bundle: Bundle, *, read: bool = False) -> list[EngineFiles]:
 
 
 def _engine_files(bundle: Bundle, target: str, read: bool) -> EngineFiles:
-    build = f"moiie build {bundle.root} --target {target}"
+    build = build_command(bundle.root, target, {})
     try:
         raw, top = read_document(bundle, target)
+        build = build_command(bundle.root, target, raw)
         files = read_files(top)
         problems = list(_problems(bundle, target, files, read))
     except MoiieError as error:

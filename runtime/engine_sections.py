@@ -23,6 +23,8 @@ def check_sections(top: Fields) -> None:
             top.integers(key, 1, _LARGEST_SM)
     for settings in _optional(top, "settings"):
         _settings(settings)
+    for options in _optional(top, "options"):
+        _options(options)
     for strings in _optional(top, "floor"):
         _strings(strings)
     for plugins in _optional(top, "plugins"):
@@ -44,6 +46,13 @@ def _settings(settings: Fields) -> None:
         settings.integer("images", 1)
 
 
+def _options(options: Fields) -> None:
+    if options.data.get("recipe") is not None:
+        options.string("recipe")
+    if options.data.get("sm") is not None:
+        options.integers("sm", 1, _LARGEST_SM)
+
+
 def _plugins(plugins: Fields) -> None:
     _optional_boolean(plugins, "embedded")
     for key in ("file", "sha256"):
@@ -55,6 +64,9 @@ def _plugins(plugins: Fields) -> None:
 
 
 def _component(component: Fields) -> None:
+    for key in ("inputs", "outputs"):
+        for tensor in component.items(key):
+            tensor.string("dtype", tuple(ITEM_BYTES))
     for aliases in _optional(component, "aliases"):
         _strings(aliases)
     for profile in component.items("profiles") if component.data.get("profiles") is not None else ():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moiie_runtime.backends import check_machine, needs_device, prepare
+from moiie_runtime.backends import check_known, check_machine, needs_device, prepare
 from moiie_runtime.backends.session import EngineOptions
+from moiie_runtime.build_command import LIBRARY, build_command
 from moiie_runtime.bundle import MAX_MANIFEST_BYTES, Bundle
 from moiie_runtime.engine_sections import check_sections
 from moiie_runtime.errors import MissingDependency, MoiieError
@@ -60,7 +61,11 @@ class Engine:
     @property
     def build(self) -> str:
         """The command that makes it again."""
-        return f"moiie build {self.bundle.root} --target {self.target}"
+        return self.rebuild()
+
+    def rebuild(self, sm: Sequence[int] | None = None, plugins: str = LIBRARY) -> str:
+        """The same for other GPUs or with another plugin library; see `build_command`."""
+        return build_command(self.bundle.root, self.target, self.document, sm=sm, plugins=plugins)
 
     @property
     def releases_after_prefill(self) -> bool:
@@ -130,11 +135,12 @@ def open_engine(bundle: Bundle, target: str) -> Engine:
 
     Raises:
         MissingDependency: the bundle was not built for the target.
-        MoiieError: the engine is damaged, of a newer schema, or was built from another export of the bundle.
+        MoiieError: the engine is damaged, of a newer schema, for a backend that is not there, or was built from another
+            export of the bundle.
     """
     folder = bundle.path(f"{ENGINES}/{target}")
-    build = f"moiie build {bundle.root} --target {target}"
     if not (folder / DOCUMENT).is_file():
+        build = build_command(bundle.root, target, {})
         there = built_targets(bundle)
         close = difflib.get_close_matches(target, there, n=1)
         hint = f"did you mean {close[0]}? else: {build}" if close else build
@@ -142,14 +148,15 @@ def open_engine(bundle: Bundle, target: str) -> Engine:
         raise MissingDependency(said, hint)
     raw, top = read_document(bundle, target)
     changed = changed_source(bundle, raw)
+    build = _again(bundle, target, raw)
     if changed is not None:
-        raise MoiieError(
-            f"{folder}: was built from another export of this bundle ({changed} differs)", f"build it again: {build}"
-        )
+        raise MoiieError(f"{folder}: was built from another export of this bundle ({changed} differs)", build)
     check_sections(top)
+    backend = top.string("backend")
+    check_known(backend, f"{folder / DOCUMENT}: ", f"install the package that adds it, or {build}")
     threads = top.optional_integer("threads", 1)
     built = _in_place(bundle, top, target)
-    return Engine(target, top.string("backend"), built, _needs(top), threads, top.boolean("prepack"), bundle, raw)
+    return Engine(target, backend, built, _needs(top), threads, top.boolean("prepack"), bundle, raw)
 
 
 def read_document(bundle: Bundle, target: str) -> tuple[dict[str, Any], Fields]:
@@ -159,12 +166,16 @@ def read_document(bundle: Bundle, target: str) -> tuple[dict[str, Any], Fields]:
         MoiieError: it is missing, damaged, or of a newer schema.
     """
     path = bundle.path(f"{ENGINES}/{target}/{DOCUMENT}")
-    hint = f"build it again: moiie build {bundle.root} --target {target}"
-    raw = read_json_object(path, MAX_MANIFEST_BYTES, hint)
-    top = Fields(raw, str(path), hint=hint)
+    raw = read_json_object(path, MAX_MANIFEST_BYTES, _again(bundle, target, {}))
+    top = Fields(raw, str(path), hint=_again(bundle, target, raw))
     if top.integer("schema", 1) > SCHEMA:
         raise MoiieError(f"{path}: written by a newer version", "update moiie-export, or build it again")
     return raw, top
+
+
+def _again(bundle: Bundle, target: str, raw: Mapping[str, Any]) -> str:
+    """What to do about one that is damaged, which a build may take for up to date."""
+    return f"build it again: {build_command(bundle.root, target, raw)} --force"
 
 
 def changed_source(bundle: Bundle, raw: Mapping[str, Any]) -> str | None:

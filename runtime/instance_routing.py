@@ -49,7 +49,7 @@ class InstanceRouting:
         self._component = settings.component
         self._sessions = sessions
         spec = bundle.components[settings.component].inputs.get("input_ids")
-        self._single = spec is not None and spec.shape[0] == 1  # a graph of fixed size takes one after another
+        self._single = spec is not None and spec.shape[:1] == (1,)  # a graph of fixed size takes one after another
         self._num_adapters = 1 if bundle.adapters is None else bundle.adapters.num_experts
 
     def __call__(self, instructions: Sequence[str]) -> list[Instance]:

@@ -198,7 +198,7 @@ class KVCache:
 def static_rows(bundle: Bundle) -> int | None:
     """Rows that the decoder's graphs always have; None when they take any number."""
     spec = bundle.components["decoder_decode"].inputs.get("past_key_values.0.key")
-    rows = None if spec is None else spec.shape[0]
+    rows = spec.shape[0] if spec is not None and spec.shape else None
     return rows if isinstance(rows, int) else None
 
 

@@ -6,5 +6,5 @@ import re
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
-    """The numbers of a version in order: (580, 65, 6) for `580.65.06`."""
-    return tuple(int(part) for part in re.findall(r"\d+", text))
+    """The numbers of a version in order: (580, 65, 6) for `580.65.06`. Text of a file may hold anything: none is refused."""
+    return tuple(int(part) for part in re.findall(r"\d{1,18}", text))

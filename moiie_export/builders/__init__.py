@@ -37,6 +37,8 @@ class BuildRequest:
         memory_limit: bytes that building may take on this machine; None: not limited.
         plugin_library: the shared library of our TensorRT plugins.
         keep_graphs: leave the graphs that went into the engines, with their weights, in engines/<target>/graphs.
+        options: of `moiie build`, for whoever builds again: `recipe` as it was given, where the target is of no recipe of
+            the bundle's, and `sm` where it was chosen. The plugin library is not among them: a result says that it has one.
     """
 
     bundle: Path
@@ -45,6 +47,7 @@ class BuildRequest:
     memory_limit: int | None = None
     plugin_library: Path | None = None
     keep_graphs: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:

@@ -190,7 +190,15 @@ def _timing_cache(config: Any, job: EngineJob) -> Any:
 
 
 def _write(trt: Any, builder: Any, made: tuple[Any, Any], job: EngineJob, listener: Any) -> None:
-    """Build into the file, in pieces where the library can."""
+    """Build into the file, in pieces where the library can; no file is left after an error."""
+    try:
+        _write_file(trt, builder, made, job, listener)
+    except BaseException:
+        job.output.unlink(missing_ok=True)
+        raise
+
+
+def _write_file(trt: Any, builder: Any, made: tuple[Any, Any], job: EngineJob, listener: Any) -> None:
     network, config = made
     with job.output.open("wb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
@@ -202,10 +210,13 @@ def _write(trt: Any, builder: Any, made: tuple[Any, Any], job: EngineJob, listen
                 file.write(plan)
     if config.progress_monitor is not None:
         config.progress_monitor.reraise()
+    hint = "run again with -v for all that TensorRT said; `moiie check` tells what a target supports"
+    refusals = _plugin_refusals(job, listener.said.errors)
+    listener.said.errors[:0] = refusals
     if not done:
-        hint = "run again with -v for all that TensorRT said; `moiie check` tells what a target supports"
-        listener.said.errors[:0] = _plugin_refusals(job, listener.said.errors)
         raise listener.said.refusal(f"{job.name}: TensorRT cannot build the engine", hint)
+    if refusals:  # TensorRT asks for some things, such as the size of a workspace, in a way that knows no refusal
+        raise listener.said.refusal(f"{job.name}: a plugin refuses the engine, which TensorRT built nevertheless", hint)
 
 
 def _stream(trt: Any, file: Any) -> Any:

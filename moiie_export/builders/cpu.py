@@ -13,7 +13,7 @@ import onnxruntime
 from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
 from moiie_export.builders.cpu_weights import weights_specs, write_engine_weights
 from moiie_export.builders.graph_files import WEIGHTS_FILE, graph_sections, save_graphs
-from moiie_export.builders.output import describe, finished, write_output
+from moiie_export.builders.output import describe, finished, reuse, write_output
 from moiie_export.graph.cpu_attention import Heads
 from moiie_export.graph.cpu_passes import CpuSettings, Lowered, lower
 from moiie_export.stages import Progress
@@ -44,7 +44,7 @@ def build_cpu(request: BuildRequest, progress: Progress) -> BuildResult:
     bundle = Bundle.open(request.bundle)
     bundle.check_files()
     head = _head(request, bundle)
-    done = None if request.force else finished(request, head)
+    done = reuse(request, head)
     if done is not None:
         return done
     if _kernels(bundle) is not None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
 from moiie_export.builders.cuda_weights import weights_specs, write_engine_weights
 from moiie_export.builders.graph_files import WEIGHTS_FILE, graph_sections, save_graphs
-from moiie_export.builders.output import describe, finished, write_output
+from moiie_export.builders.output import describe, finished, reuse, write_output
 from moiie_export.graph.cpu_attention import Heads
 from moiie_export.graph.cuda_experts import OLDEST_RELEASE
 from moiie_export.graph.cuda_passes import CudaSettings, CudaWeights, lower
@@ -35,7 +35,7 @@ def build_cuda(request: BuildRequest, progress: Progress) -> BuildResult:
     """
     bundle = _opened(request)
     head = _head(request, bundle)
-    done = None if request.force else finished(request, head)
+    done = reuse(request, head)
     if done is not None:
         return done
     models, weights = _lowered(request, bundle)

@@ -6,6 +6,7 @@ from moiie_runtime.backends.gpu_info import find_driver
 
 
 def device_sm() -> int | None:
-    """Compute capability of the first GPU times ten, 87 for Orin; None without a driver or a GPU."""
+    """Compute capability of GPU 0, which TensorRT builds for, times ten, 87 for Orin; None where there is none."""
     driver = find_driver()
-    return driver.gpus[0].sm if driver is not None and driver.gpus else None
+    gpu = None if driver is None else driver.gpu(0)
+    return None if gpu is None else gpu.sm

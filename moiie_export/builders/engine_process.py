@@ -13,6 +13,7 @@ import ctypes
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ _KEPT = (
 )
 """Of the environment; the rest would only shift where objects lie."""
 _ADDR_NO_RANDOMIZE, _ASK = 0x0040000, 0xFFFFFFFF
+_PR_SET_PDEATHSIG = 1
 _MARK = "moiie:"
 """Begins the lines of ours; TensorRT writes to standard output too."""
 
@@ -148,9 +150,18 @@ def _fix_addresses() -> None:
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this interpreter and this module
 
 
+def _end_with_parent() -> None:
+    """On Linux: be killed when the process that asked is; there is nobody left for the engine, which takes minutes."""
+    if sys.platform.startswith("linux"):
+        prctl = ctypes.CDLL(None).prctl
+        prctl.argtypes = [ctypes.c_int, ctypes.c_ulong]
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Build the job on standard input."""
     _fix_addresses()
+    _end_with_parent()
     document = json.load(sys.stdin)
     outcome: dict[str, Any] = {"error": None, "hint": None, "exit_code": 0, "said": []}
     logging.basicConfig(handlers=[_Keeper(outcome["said"])], level=logging.INFO)

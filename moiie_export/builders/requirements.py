@@ -6,11 +6,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moiie_export.builders import BuildRequest
-from moiie_export.builders.plugin_kernels import library_kernels
+from moiie_export.builders.plugin_kernels import Kernels, library_kernels
+from moiie_export.builders.shared_library import library_problem
 from moiie_export.targets import DIALECT_SMS, OLDEST_SMS, Target
 from moiie_runtime.backends.gpu_info import runs_kernels
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency
+
+_LOOKED_UP = "getCreators"
+"""What TensorRT calls to learn a library's plugins."""
 
 
 def check_sms(target: Target, builder: str = "", found: Collection[int] | None = None) -> None:
@@ -55,7 +59,8 @@ def plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
     """The plugin library, when the target uses one and the bundle has something for it.
 
     Raises:
-        MissingDependency: there is none, or it has no kernels for a GPU of the target.
+        MissingDependency: there is none, the file is damaged or something else, or it has no kernels for a GPU of the
+            target.
     """
     target, given = request.target, request.plugin_library
     if target.plugins == "off" or (target.plugins == "optional" and given is None):
@@ -63,7 +68,11 @@ def plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
     if given is not None:
         if not given.is_file():
             raise MissingDependency(f"{given}: no such plugin library", "moiie plugins build")
-        _check_kernels(given, target)
+        kernels = library_kernels(given)
+        problem = library_problem(given, _LOOKED_UP)
+        if problem is not None:
+            raise MissingDependency(f"{given}: no plugin library: the file {problem}", "moiie plugins build")
+        _check_kernels(given, kernels, target)
         return given
     if bundle.model.moe is None and target.dialect != "trt10":
         return None
@@ -73,9 +82,8 @@ def plugin_library(request: BuildRequest, bundle: Bundle) -> Path | None:
     )
 
 
-def _check_kernels(library: Path, target: Target) -> None:
+def _check_kernels(library: Path, kernels: Kernels | None, target: Target) -> None:
     """What `moiie plugins build` wrote beside a library says which GPUs it has kernels for; without that nothing is known."""
-    kernels = library_kernels(library)
     if kernels is None:
         return
     lost = [sm for sm in target.sms if not runs_kernels(sm, kernels.sms, kernels.portable)]

@@ -19,7 +19,7 @@ from moiie_export.builders.engine_process import run_job
 from moiie_export.builders.engine_specs import EngineSpec, engine_specs
 from moiie_export.builders.floors import cuda_floor
 from moiie_export.builders.library import Library, installed_version, load_library
-from moiie_export.builders.output import describe, finished, write_output
+from moiie_export.builders.output import describe, finished, reuse, write_output
 from moiie_export.builders.plan_file import read_header
 from moiie_export.builders.plugin_kernels import library_kernels
 from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
@@ -65,7 +65,7 @@ def build_engines(request: BuildRequest, progress: Progress) -> BuildResult:
     _check_memory(request, specs)
     plugins = plugin_library(request, bundle)
     head = _head(request, bundle, library.version, plugins)
-    done = None if request.force else finished(request, head)
+    done = reuse(request, head)
     if done is not None:
         return done
     work = _Build(request, bundle, library, plugins, progress)
@@ -223,7 +223,10 @@ class _Build:
         write_banks(directory / BANKS_FILE, inputs, parts)
 
     def _plugins(self) -> dict[str, Any] | None:
-        """What the runtime must know of the library; None where no graph has a node for it."""
+        """What the runtime must know of the library; None where no graph has a node for it.
+
+        The digest of one that is stored in the engines is compared with nothing: theirs, in `files`, cover its bytes.
+        """
         if self.plugins is None or not self.with_plugins:
             return None
         embedded, kernels = self.request.target.embed_plugins, library_kernels(self.plugins)

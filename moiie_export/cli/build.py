@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from moiie_export.cli.common import (
     table,
 )
 from moiie_export.cli.progress import Progress
+from moiie_runtime.errors import MoiieError
 from moiie_runtime.sizes import readable
 
 if TYPE_CHECKING:
@@ -57,12 +59,15 @@ def with_sms(target: Target, sms: tuple[int, ...] | None) -> Target:
     Raises:
         UsageError: the target has no engines of TensorRT.
     """
-    if sms is None:
-        return target
-    if not target.sms:
+    _need_tensorrt(target, "--sm", sms)
+    return target if sms is None else replace(target, sms=sms)
+
+
+def _need_tensorrt(target: Target, option: str, value: object) -> None:
+    """Refuse an option that is given and means nothing to the target."""
+    if value is not None and not target.sms:
         runs = {"onnxruntime_cuda": "one form for all NVIDIA GPUs"}.get(target.backend, "for a CPU")
-        raise click.UsageError(f"--sm belongs to targets of TensorRT; {target.name} is ONNX Runtime, {runs}")
-    return replace(target, sms=sms)
+        raise click.UsageError(f"{option} belongs to targets of TensorRT; {target.name} is ONNX Runtime, {runs}")
 
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
@@ -103,7 +108,8 @@ def command(
     from moiie_export.builders import BuildRequest, build, plan
     from moiie_export.cli.environment import available_memory
 
-    target = _target(bundle, target_name, recipe, sm)
+    target, told = _target(bundle, target_name, recipe, sm)
+    _need_tensorrt(target, "--plugins", options["plugins"])
     request = BuildRequest(
         bundle,
         target,
@@ -111,8 +117,14 @@ def command(
         memory_limit=options["memory_limit"] or available_memory(),
         plugin_library=options["plugins"] or (DEFAULT_PLUGINS if DEFAULT_PLUGINS.is_file() else None),
         keep_graphs=options["keep_graphs"],
+        options=told,
     )
     planned = plan(request)
+    if _goes_dense(request):
+        note(
+            f"target {target.name}: no plugin library is given, so each token goes through every expert; "
+            "`moiie plugins build` makes one, --plugins FILE gives it"
+        )
     if options["dry_run"]:
         _show_plan(planned, request, options["as_json"])
         return
@@ -124,20 +136,48 @@ def command(
     _show_result(result, target, options["as_json"])
 
 
-def _target(bundle: Path, name: str, recipe: str | None, sm: tuple[int, ...] | None) -> Target:
-    """The target with the options applied; a recipe's own targets go before the built-in ones."""
+def _target(bundle: Path, name: str, recipe: str | None, sm: tuple[int, ...] | None) -> tuple[Target, dict[str, Any]]:
+    """The target with the options applied, and those that its name does not say; see `BuildRequest`.
+
+    A recipe's own targets go before the built-in ones.
+    """
     from moiie_export.recipe_targets import manifest_targets, recipe_targets
     from moiie_export.targets import find_target
     from moiie_runtime.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    raw = Bundle.open(bundle).raw
+    told: dict[str, Any] = {}
     if recipe is None:
-        own = manifest_targets(opened.raw)
+        found = find_target(name, manifest_targets(raw))
     else:
         from moiie_export.recipe import load_recipe
 
-        own = recipe_targets(load_recipe(recipe).targets)
-    return with_sms(find_target(name, own), sm)
+        found = find_target(name, recipe_targets(load_recipe(recipe).targets))
+        told |= {} if _found_without(raw, name) == found else {"recipe": recipe}
+    target = with_sms(found, sm)
+    return target, told | ({} if target.sms == found.sms else {"sm": list(target.sms)})
+
+
+def _found_without(raw: Mapping[str, Any], name: str) -> Target | None:
+    """The target of this name where no recipe is given; None where there is none."""
+    from moiie_export.recipe_targets import manifest_targets
+    from moiie_export.targets import find_target
+
+    try:
+        return find_target(name, manifest_targets(raw))
+    except MoiieError:
+        return None
+
+
+def _goes_dense(request: BuildRequest) -> bool:
+    """Whether experts that a plugin library could compute become standard layers for want of one."""
+    from moiie_export.targets import has_native_moe
+    from moiie_runtime.bundle import Bundle
+
+    target = request.target
+    if target.plugins != "optional" or request.plugin_library is not None or has_native_moe(target):
+        return False
+    return target.backend.startswith("tensorrt") and Bundle.open(request.bundle).model.moe is not None
 
 
 def _show_plan(planned: BuildPlan, request: BuildRequest, as_json: bool) -> None:

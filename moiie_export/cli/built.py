@@ -63,11 +63,12 @@ def _place(engine: Engine) -> tuple[int | None, Finding]:
     driver = find_driver()
     gpus = () if driver is None else driver.gpus
     refusals = []
-    for index in range(max(1, len(gpus))):
+    for gpu in gpus or (None,):
+        index = 0 if gpu is None else gpu.index
         wrong = _refusal(engine.on(index))
         if wrong is None:
             library = f"{engine.backend} {engine.needs.get(engine.backend, '')}".strip()
-            where = f" on GPU {index}, {gpus[index].name}" if index < len(gpus) else ""
+            where = "" if gpu is None else f" on GPU {index}, {gpu.name}"
             option = f" (--gpu {index})" if index else ""
             return index, _row(engine, f"{library}{where}{option}")
         refusals.append(wrong)

@@ -40,7 +40,7 @@ def engine_lines(found: Sequence[EngineFiles], bundle: Bundle) -> Iterator[str]:
     yield table([_row(each) for each in found], "  ")
     for each in found:
         if each.stale is not None or each.problems:
-            yield f"  {each.target}: {_wrong(each)}; build it again: {each.build}"
+            yield f"  {each.target}: {_wrong(each)}; build it again: {each.build} --force"
 
 
 def check_engines(found: Sequence[EngineFiles]) -> None:

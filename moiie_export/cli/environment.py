@@ -134,5 +134,5 @@ def _export_extra() -> Finding:
         return Finding(
             "export", "ok", ", ".join(f"{each} {installed(each.replace('_', '-'))}" for each in EXTRAS["export"])
         )
-    detail = f"not installed: {', '.join(missing)} (only `moiie export` and `moiie parity` need them)"
+    detail = f"not installed: {', '.join(missing)} (only `moiie export`, `moiie demo` and `moiie parity --checkpoint` need them)"
     return Finding("export", "info", detail, "pip install 'moiie-export[export]'")

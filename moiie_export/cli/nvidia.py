@@ -46,8 +46,8 @@ def _driver(driver: Driver | None) -> Iterator[Finding]:
         )
         return
     yield Finding("cuda", "ok", cuda)
-    for index, gpu in enumerate(driver.gpus):
-        yield Finding(f"gpu {index}", "ok", f"{gpu.name}, SM {gpu.sm}, {readable(gpu.memory)}")
+    for gpu in driver.gpus:
+        yield Finding(f"gpu {gpu.index}", "ok", f"{gpu.name}, SM {gpu.sm}, {readable(gpu.memory)}")
 
 
 def _bindings(driver: Driver | None) -> Finding:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from moiie_runtime.backends.session import PORTABLE_OPTIONS, EngineOptions, Session
 from moiie_runtime.errors import MoiieError
+from moiie_runtime.strict_files import quote
 
 if TYPE_CHECKING:
     from moiie_runtime.engines import Engine
@@ -71,16 +72,27 @@ def get_backend(name: str) -> OpenSession:
         MissingDependency: the backend's own packages are not installed.
     """
     known = {**_BUILT_IN, **_ENGINES}
-    if name in known:
-        opener = _attribute(known[name])
-    else:
-        entry = _added().get(name)
-        if entry is None:
-            raise MoiieError(f"no backend is called {name!r}", f"the known ones are {', '.join(backend_names())}")
-        opener = entry.load()
+    check_known(name)
+    opener = _attribute(known[name]) if name in known else _added()[name].load()
     if not callable(opener):
         raise MoiieError(f"backend {name!r} is registered with something that cannot open a session: {opener!r}")
     return cast(OpenSession, opener)
+
+
+def check_known(name: str, where: str = "", hint: str = "") -> None:
+    """Refuse a name that no backend has: neither one that runs bundles, nor one that runs built forms.
+
+    Args:
+        name: the backend's.
+        where: what the message begins with.
+        hint: what to do; else the names that there are.
+
+    Raises:
+        MoiieError: naming it.
+    """
+    if name not in _BUILT_IN and name not in _ENGINES and name not in _added():
+        names = f"the known ones are {', '.join(backend_names())}; and for built forms {', '.join(_ENGINES)}"
+        raise MoiieError(f"{where}no backend is called {quote(name)}", hint or names)
 
 
 def needs_device(name: str) -> bool:

@@ -42,7 +42,7 @@ class CudaDevice:
         call("cuInit", 0)
         count = int(call("cuDeviceGetCount"))
         if index >= count:
-            raise MissingDependency(f"CUDA: there is no GPU {index} here: {gpus_here(count)}", NUMBERS)
+            raise MissingDependency(f"CUDA: there is no GPU {index} here: {gpus_here(range(count))}", NUMBERS)
         self._handle = call("cuDeviceGet", index)
         self.name = f"{_text(call('cuDeviceGetName', 128, self._handle))} (CUDA device {index})"
         self._context = call("cuDevicePrimaryCtxRetain", self._handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ class Gpu:
         name: what its maker calls it.
         sm: compute capability times ten, 87 for Orin.
         memory: its bytes in all.
+        index: its number for CUDA, which counts those too that do not answer.
     """
 
     name: str
     sm: int
     memory: int
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Driver:
     Attributes:
         cuda: the newest CUDA release that it runs, (12, 6).
         version: its own, `560.35.03`; None where the system does not say it.
-        gpus: those that the process may use, in the driver's order.
+        gpus: those that the process may use and that answer, in the driver's order.
         problem: CUDA's number of what keeps it from being used; 0 for nothing.
     """
 
@@ -50,15 +52,21 @@ class Driver:
     gpus: tuple[Gpu, ...]
     problem: int = 0
 
+    def gpu(self, index: int) -> Gpu | None:
+        """The one of this number; None where there is none or it does not answer."""
+        return next((each for each in self.gpus if each.index == index), None)
+
 
 NUMBERS = "`moiie doctor` lists the GPUs with their numbers; CUDA_VISIBLE_DEVICES says which of them a process sees"
 
 
-def gpus_here(count: int) -> str:
-    """How many GPUs there are to choose from, in words."""
-    if count < 2:
-        return "there is one, GPU 0" if count else "there is none"
-    return f"there are {count}, GPU 0 to {count - 1}"
+def gpus_here(numbers: Sequence[int]) -> str:
+    """The GPUs there are to choose from, in words."""
+    if len(numbers) < 2:
+        return f"there is one, GPU {numbers[0]}" if numbers else "there is none"
+    first, last = numbers[0], numbers[-1]
+    range_of = f"{first} to {last}" if last - first == len(numbers) - 1 else ", ".join(map(str, numbers))
+    return f"there are {len(numbers)}, GPU {range_of}"
 
 
 def runs_kernels(sm: int, compiled: Iterable[int], portable: Iterable[int] = ()) -> bool:
@@ -111,7 +119,7 @@ def _asker(cuda: Any) -> Any:
         )
         if any(done):
             return None
-        return Gpu(name.value.decode(errors="replace"), major.value * 10 + minor.value, size.value)
+        return Gpu(name.value.decode(errors="replace"), major.value * 10 + minor.value, size.value, index)
 
     return ask
 

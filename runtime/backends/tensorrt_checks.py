@@ -70,10 +70,11 @@ def find_gpu(engine: Engine) -> tuple[Driver, Gpu]:
             f"cuda-bindings {major} needs a driver for CUDA {major}, the one here is for {_dotted(driver.cuda)}",
             f"pip install 'cuda-bindings=={driver.cuda[0]}.*', or update the driver",
         )
-    if engine.gpu >= len(driver.gpus):
-        here = gpus_here(len(driver.gpus))
+    gpu = driver.gpu(engine.gpu)
+    if gpu is None:
+        here = gpus_here([each.index for each in driver.gpus])
         raise MissingDependency(f"engine {engine.target}: there is no GPU {engine.gpu} here: {here}", NUMBERS)
-    return driver, driver.gpus[engine.gpu]
+    return driver, gpu
 
 
 def _check_floor(engine: Engine, driver: Driver) -> None:
@@ -107,9 +108,8 @@ def _sm_hint(engine: Engine, sms: Sequence[int], here: int) -> str:
         builds = ", ".join(str(sm) for sm in known)
         return f"{engine.backend} builds for SM {builds} only: build for another target, such as ort-cuda or cpu"
     if engine.backend == "tensorrt":
-        return f"build it here, on this GPU: {engine.build} --sm {here}"
-    both = ",".join(str(sm) for sm in sorted({*sms, here}))
-    return f"{engine.build} --sm {both}" + ("" if known else f", if {engine.backend} builds for it")
+        return f"build it here, on this GPU: {engine.rebuild([here])}"
+    return engine.rebuild(sorted({*sms, here})) + ("" if known else f", if {engine.backend} builds for it")
 
 
 def _check_plugins(engine: Engine) -> None:
@@ -117,7 +117,7 @@ def _check_plugins(engine: Engine) -> None:
     if plugins.get("file") is None:  # none, or stored in the engines
         return
     path = engine.bundle.path(f"{engine.folder}/{plugins['file']}")
-    again = f"build it with `moiie plugins build`, then {engine.build} --plugins LIBRARY"
+    again = f"build it with `moiie plugins build`, then {engine.build} --force"
     if not path.is_file():
         raise MissingDependency(f"{path}: the plugin library of engine {engine.target} is missing", again)
     digest = sha256_file(path)
@@ -139,7 +139,7 @@ def _check_kernels(engine: Engine, gpu: Gpu) -> None:
     raise MissingDependency(
         f"engine {engine.target}: its plugin library has kernels for SM {compiled}, none that the GPU here, "
         f"{gpu.name} with SM {gpu.sm}, can run",
-        f"moiie plugins build --sm {wanted}, then {engine.build} --plugins plugins-build/libmoiie_plugins.so",
+        f"moiie plugins build --sm {wanted}, then {engine.rebuild(plugins='plugins-build/libmoiie_plugins.so')}",
     )
 
 

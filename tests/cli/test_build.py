@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,9 @@ import pytest
 
 from moiie_export import builders
 from moiie_export.builders import BuildPlan, BuildRequest, BuildResult
+from moiie_export.builders.output import describe
+from moiie_runtime.build_command import build_command
+from moiie_runtime.bundle import Bundle
 from tests.exports import SMALLEST, exported
 
 TARGETS = ("cpu", "ort-cuda", "rtx", "orin-nano", "orin-nx", "orin-32", "orin", "thor", "server")
@@ -71,6 +77,8 @@ def test_json_is_one_document(moiie: Any, bundle: Path, asked: list[BuildRequest
         (("-t", "rtxx"), 1, "did you mean rtx?"),
         (("-t", "rtx", "--sm", "8x"), 2, "is no list of compute capabilities"),
         (("-t", "cpu", "--sm", "87"), 2, "--sm belongs to targets of TensorRT"),
+        (("-t", "cpu", "--plugins", "libmoiie_plugins.so"), 2, "--plugins belongs to targets of TensorRT"),
+        (("-t", "ort-cuda", "--plugins", "libmoiie_plugins.so"), 2, "one form for all NVIDIA GPUs"),
         ((), 2, "missing option"),
     ],
 )
@@ -113,3 +121,69 @@ def test_a_recipe_adds_targets(moiie: Any, bundle: Path, asked: list[BuildReques
     target = asked[0].target
     assert (target.name, target.sms, target.memory, target.prefill) == ("mine", (87,), 32 * 10**9, (256,))
     assert moiie("build", bundle, "-t", "mine").code == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "told"),
+    [
+        ("rtx", (), {}),
+        ("rtx", ("--sm", "86,89,120"), {}),
+        ("rtx", ("--sm", "8.9"), {"sm": [89]}),
+        ("rtx", ("--recipe", "own.yaml"), {}),
+        ("mine", ("--recipe", "own.yaml"), {"recipe": "own.yaml"}),
+        (
+            "mine",
+            ("--recipe", "own.yaml", "--sm", "87,89", "--plugins", "own.so"),
+            {"recipe": "own.yaml", "sm": [87, 89]},
+        ),
+    ],
+)
+def test_what_is_recorded_asks_for_the_same_again(
+    moiie: Any,
+    bundle: Path,
+    asked: list[BuildRequest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    options: tuple[str, ...],
+    told: dict[str, Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("schema: 1\nextends: default\ntargets:\n  - {name: mine, like: orin, images: 2}\n")
+    limit = ("--memory-limit", "4GiB")
+    assert moiie("build", bundle, "-t", target, *options, *limit).code == 0
+    document = describe(asked[0], Bundle.open(bundle), ("tensorrt", "1"), 0)
+    assert document["options"] == told
+    plugins = {"plugins": {"embedded": True}} if asked[0].plugin_library else {}
+    again = shlex.split(build_command(bundle, target, document | plugins, plugins="own.so"))
+    assert moiie(*again[1:], *limit).code == 0
+    assert asked[1] == asked[0]
+
+
+def test_a_target_of_the_bundles_own_recipe_needs_none(
+    moiie: Any, bundle: Path, asked: list[BuildRequest], tmp_path: Path
+) -> None:
+    """Unless the one that is given says something else under the name."""
+    sections = [{"name": "mine", "like": "orin", "images": 2}]
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest["recipe"]["targets"] = sections
+    own = Path(shutil.copytree(bundle, tmp_path / "own"))
+    (own / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    recipe = tmp_path / "r.yaml"
+    for images, told in ((2, {}), (3, {"recipe": str(recipe)})):
+        sections[0]["images"] = images
+        recipe.write_text(f"schema: 1\nextends: default\ntargets: {json.dumps(sections)}\n", encoding="utf-8")
+        assert moiie("build", own, "-t", "mine", "--recipe", recipe).code == 0
+        assert (asked[-1].target.images, asked[-1].options) == (images, told)
+
+
+def test_it_says_where_experts_go_dense_for_want_of_a_library(
+    moiie: Any, bundle: Path, asked: list[BuildRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no plugins-build here
+    says = "no plugin library is given, so each token goes through every expert"
+    assert says in moiie("build", bundle, "-t", "rtx").err
+    assert says in moiie("build", bundle, "-t", "rtx", "--dry-run").err
+    assert says not in moiie("build", bundle, "-t", "rtx", "--plugins", "l.so").err
+    for target in ("cpu", "orin"):
+        assert says not in moiie("build", bundle, "-t", target).err

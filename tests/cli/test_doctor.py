@@ -49,7 +49,10 @@ def test_a_missing_export_extra_is_only_told(moiie: Moiie, monkeypatch: pytest.M
     monkeypatch.setattr("moiie_export.cli.sources.find_spec", lambda name: None if name == "torch" else object())
     result = moiie("doctor")
     assert result.code == 0
-    assert "not installed: torch (only `moiie export` and `moiie parity` need them)" in result.out
+    assert (
+        "not installed: torch (only `moiie export`, `moiie demo` and `moiie parity --checkpoint` need them)"
+        in result.out
+    )
 
 
 def test_a_bundle_that_would_run(moiie: Moiie, golden_bundle: Callable[[str], Path]) -> None:

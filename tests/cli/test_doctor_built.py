@@ -109,11 +109,14 @@ def test_too_little_host_memory_is_no_failure_where_a_gpu_answers(
 def test_the_second_gpu_is_looked_at_too(
     moiie: Moiie, engines: Path, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place(monkeypatch, replace(HERE, gpus=(Gpu("Old GPU", 75, 1 << 30), *HERE.gpus)))
+    second = replace(HERE.gpus[0], index=1)
+    place(monkeypatch, replace(HERE, gpus=(Gpu("Old GPU", 75, 1 << 30), second)))
     trt.cuda.devices, trt.cuda.total = 2, 1 << 30
     assert findings(moiie, engines)["target rtx"]["detail"].endswith("on GPU 1, Emulated GPU (--gpu 1)")
     assert trt.cuda.used_device == 1
-    place(monkeypatch, replace(HERE, gpus=(Gpu("Old GPU", 75, 1 << 30), Gpu("Older GPU", 70, 1 << 30))))
+    place(monkeypatch, replace(HERE, gpus=(second,)))  # the first does not answer
+    assert findings(moiie, engines)["target rtx"]["detail"].endswith("on GPU 1, Emulated GPU (--gpu 1)")
+    place(monkeypatch, replace(HERE, gpus=(Gpu("Old GPU", 75, 1 << 30), Gpu("Older GPU", 70, 1 << 30, 1))))
     detail = findings(moiie, engines)["target rtx"]["detail"]
     assert "Old GPU, has SM 75" in detail
     assert "Older GPU, has SM 70" in detail
@@ -131,6 +134,19 @@ def test_a_form_of_another_export_is_a_warning_and_a_damaged_one_too(
     assert "engines/ort-cuda/weights.safetensors: is missing" in result.out
     for target in ("rtx", "ort-cuda"):
         assert f"target {target}: build it again: moiie build {copy} --target {target} --force" in result.err
+
+
+@pytest.mark.parametrize(("old", "new"), [('"tensorrt_rtx"', '"foo"'), ('"dtype": "int64"', '"dtype": "int65"')])
+def test_a_form_that_cannot_be_understood_is_a_warning(
+    moiie: Moiie, engines: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    copy = Path(shutil.copytree(engines, tmp_path / "b"))
+    path = copy / "engines" / "rtx" / "engine.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    found = findings(moiie, copy)
+    assert (found["target rtx"]["status"], new.split('"')[-2] in found["target rtx"]["detail"]) == ("warn", True)
+    assert "fits rtx" not in found
+    assert moiie("doctor", copy).code == 0
 
 
 def test_what_runs_without_a_target_must_run(moiie: Moiie, engines: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_on_a_gpu_machine_everything_is_named(monkeypatch: pytest.MonkeyPatch, t
         "cuda-bindings": ("ok", "12.9.10 "),
         "tensorrt plugins": ("ok", f"{nvidia.PLUGINS} for SM 87, 110 "),
     }
+    second = replace(ORIN, gpus=(replace(ORIN.gpus[0], index=1),))  # the first does not answer
+    assert [name for name in said(monkeypatch, second, versions) if name.startswith("gpu")] == ["gpu 1"]
 
 
 def test_bindings_newer_than_the_driver_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

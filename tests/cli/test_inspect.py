@@ -15,6 +15,7 @@ from moiie_export.builders import BuildRequest, build
 from moiie_export.targets import find_target
 from tests.cli.conftest import Moiie
 from tests.runtime.backends.engine_bundle import build as build_emulated
+from tests.runtime.backends.engine_bundle import edit
 
 
 @pytest.fixture
@@ -158,6 +159,8 @@ def test_verify_reads_built_forms_too(moiie: Moiie, engines: Path) -> None:
         ("engine.json", lambda data: data[:-9], "engine.json"),
         ("engine.json", lambda _: b'{"schema": 1, "files": 3}', "'files' must be an object"),
         ("engine.json", lambda data: data.replace(b'"backend"', b'"front"'), "'backend' is missing"),
+        ("engine.json", lambda data: data.replace(b"tensorrt_rtx", b"foo"), "no backend is called 'foo'"),
+        ("engine.json", lambda data: data.replace(b'"int64"', b'"int65"'), "dtype' must be"),
     ],
 )
 def test_verify_finds_what_is_wrong_with_a_built_form(
@@ -178,6 +181,19 @@ def test_verify_finds_what_is_wrong_with_a_built_form(
     assert (checked.code, checked.document["verified"], checked.document["problems"]) == (3, False, [])
     assert says in checked.document["engines"]["rtx"]["problems"][0]
     assert not checked.document["engines"]["ort-cuda"]["problems"]
+
+
+def test_the_command_makes_the_same_form_again(moiie: Moiie, built: Path) -> None:
+    """One with plugins, for a target of a recipe that the bundle does not hold."""
+    edit(built, "rtx", plugins={"file": None, "embedded": True}, options={"recipe": "r.yaml", "sm": [89]})
+    (built / "engines" / "rtx" / "decoder_decode.engine").write_bytes(b"!")
+    again = f"moiie build {built} --target rtx --recipe r.yaml --sm 89 --plugins LIBRARY"
+    assert moiie("inspect", built, "--verify").hint == f"build again: {again} --force"
+    assert f"build it again: {again} --force\n" in moiie("inspect", built).out
+    edit(built, "rtx", schema=True)
+    assert moiie("run", built, "--target", "rtx", "-p", "x").hint == f"build it again: {again} --force"
+    edit(built, "rtx", schema=1, source={})
+    assert moiie("run", built, "--target", "rtx", "-p", "x").hint == f"build it again: {again} --force"
 
 
 def test_a_form_of_another_export_is_named(moiie: Moiie, built: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moiie_runtime.backends.session import TensorSpec
 from moiie_runtime.bundle import Bundle
 from moiie_runtime.errors import MissingDependency
-from moiie_runtime.kv_cache import KVCache, _moves
+from moiie_runtime.kv_cache import KVCache, _moves, static_rows
 
 
 @pytest.fixture
@@ -24,6 +26,13 @@ class Bindings(dict):
     """Stands for a session and notes what is bound."""
 
     bind = dict.__setitem__
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((2, 2, 8, 4), 2), (("batch", 2, 8, 4), None), ((), None)])
+def test_rows_are_fixed_where_the_graph_says_a_number(bundle, shape, rows):
+    name, decode = "past_key_values.0.key", bundle.components["decoder_decode"]
+    given = replace(decode, inputs={**decode.inputs, name: TensorSpec("float32", shape)})
+    assert static_rows(replace(bundle, components={**bundle.components, "decoder_decode": given})) == rows
 
 
 def test_past_and_present_are_the_same_buffers(bundle):

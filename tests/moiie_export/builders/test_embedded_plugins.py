@@ -13,6 +13,7 @@ from moiie_export.builders.plugin_kernels import library_kernels
 from moiie_runtime.strict_files import sha256_file
 from tests.exports import SMALLEST, exported
 from tests.runtime.backends.engine_bundle import build
+from tests.shared_library import write_shared_library
 
 KERNELS = {"sms": [80, 89], "portable": [80]}
 
@@ -25,8 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def library(bundle: Path) -> Path:
     """Something with the description of a library; nothing here loads it."""
-    path = bundle.parent / "libmoiie_plugins.so"
-    path.write_bytes(b"kernels")
+    path = write_shared_library(bundle.parent / "libmoiie_plugins.so")
     isa = {"80": ["8.0"], "80 ptx": ["8.0"], "89": ["8.1"]}
     about = {"library": {"sha256": sha256_file(path)}, "sms": [89, 80], "ptx_isa": isa}
     path.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")

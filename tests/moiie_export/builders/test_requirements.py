@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from moiie_export.builders import BuildRequest
 from moiie_export.builders.command_lines import command_lines
 from moiie_export.builders.engine_specs import EngineSpec, Profile
 from moiie_export.builders.requirements import check_formats, check_sms, plugin_library
+from moiie_export.builders.shared_library import library_problem
 from moiie_export.builders.tensorrt import _with_plugins
 from moiie_export.check.model_ops import OpUse
 from moiie_export.check.support import MAX_PLUGIN_HEAD_DIM, PLUGIN_PTX, PLUGIN_SMS, judge
@@ -26,6 +27,7 @@ from moiie_runtime.backends.gpu_info import runs_kernels
 from moiie_runtime.errors import MissingDependency
 from moiie_runtime.strict_files import sha256_file
 from tests.conftest import ROOT
+from tests.shared_library import write_shared_library
 
 RTX, ORIN, SERVER = (BUILT_IN[name] for name in ("rtx", "orin", "server"))
 
@@ -83,7 +85,7 @@ def test_a_library_that_is_given_is_used(tmp_path: Path) -> None:
 
 def write_library(folder: Path, about: Any) -> Path:
     library = folder / "libmoiie_plugins.so"
-    library.write_bytes(b"kernels")
+    write_shared_library(library)
     if isinstance(about, dict):
         about = json.dumps({"library": {"sha256": sha256_file(library)}, **about})
     library.with_suffix(".json").write_text(about)
@@ -114,6 +116,54 @@ def test_of_a_library_without_a_description_nothing_is_said(tmp_path: Path, abou
     library = write_library(tmp_path, about)
     request = BuildRequest(tmp_path, replace(RTX, plugins="required"), plugin_library=library)
     assert plugin_library(request, bundle()) == library
+
+
+def test_a_library_that_is_not_the_one_its_description_speaks_of(tmp_path: Path) -> None:
+    """Damaged after it was built, or another one in its place: an engine would be built for minutes before that shows."""
+    library = write_shared_library(tmp_path / "libmoiie_plugins.so")
+    described = {"file": library.name, "sha256": sha256_file(library), "bytes": library.stat().st_size}
+    about = {"library": described, "sms": [89], "ptx_isa": {"89": ["8.0"]}}
+    library.with_suffix(".json").write_text(json.dumps(about))
+    request = BuildRequest(tmp_path, replace(RTX, sms=(89,), plugins="required"), plugin_library=library)
+    assert plugin_library(request, bundle()) == library
+    whole = library.read_bytes()
+    for other in (whole[:-1], whole + b"\0", b""):
+        library.write_bytes(other)
+        with pytest.raises(MissingDependency, match="is damaged or was exchanged") as caught:
+            plugin_library(request, bundle())
+        assert str(library) in caught.value.message
+        assert "moiie plugins build" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: b"root:x:0:0:root:/root:/bin/bash\n" * 8, "is no shared library"),
+        (lambda data: b"", "is no shared library"),
+        (lambda data: data[:40], "ends after 40 bytes"),
+        (lambda data: data[:-1], "is incomplete: "),
+        (lambda data: data[:4] + b"\x01" + data[5:], "is no shared library for Linux on a processor of 64 bits"),
+        (lambda data: data.replace(b"getCreators", b"otherThings"), "exports no getCreators"),
+    ],
+    ids=["text", "empty", "header", "short", "32 bits", "another"],
+)
+def test_a_file_that_is_no_plugin_library(tmp_path: Path, spoil: Callable[[bytes], bytes], says: str) -> None:
+    """Read, not loaded: a dry run says so, too."""
+    library = write_shared_library(tmp_path / "libmoiie_plugins.so")
+    library.write_bytes(spoil(library.read_bytes()))
+    request = BuildRequest(tmp_path, replace(RTX, plugins="required"), plugin_library=library)
+    with pytest.raises(MissingDependency, match=says) as caught:
+        plugin_library(request, bundle())
+    assert caught.value.hint == "moiie plugins build"
+
+
+def test_damage_to_a_library_ends_in_a_sentence(tmp_path: Path) -> None:
+    library = write_shared_library(tmp_path / "libmoiie_plugins.so")
+    whole = library.read_bytes()
+    for place in range(len(whole)):
+        for value in (0x00, 0x7F, 0xFF):
+            library.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            assert (library_problem(library, "getCreators") or "is").split()[0] in ("is", "ends", "exports")
 
 
 def test_kernels_of_a_generation_and_portable_ones() -> None:

@@ -12,6 +12,7 @@ def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(MoiieError, match="no backend is called 'tensorrtx'") as caught:
         backends.get_backend("tensorrtx")
     assert "onnxruntime" in caught.value.hint
+    assert "for built forms onnxruntime_cuda, tensorrt, tensorrt_rtx" in caught.value.hint
 
 
 def test_a_package_can_add_a_backend(monkeypatch):

@@ -19,6 +19,7 @@ from moiie_runtime.errors import MoiieError
 from moiie_runtime.memory import Request
 from tests.runtime.backends.emulated_cuda import EmulatedCuda
 from tests.runtime.backends.engine_bundle import build
+from tests.shared_library import write_shared_library
 
 JUNK: tuple[Any, ...] = (None, 2**70, "x", [{}], {"x": []})
 PICTURE = Request(prompt_tokens=10, images=1)
@@ -27,8 +28,7 @@ PICTURE = Request(prompt_tokens=10, images=1)
 @pytest.fixture(scope="module")
 def bundle(golden_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(shutil.copytree(golden_bundle("moiie_phi3"), tmp_path_factory.mktemp("sections") / "b"))
-    library = path.parent / "libmoiie_plugins.so"
-    library.write_bytes(b"kernels")
+    library = write_shared_library(path.parent / "libmoiie_plugins.so")
     build(path, "rtx", {"prefill": (64,), "plugins": "required", "embed_plugins": False}, library)
     return path
 
@@ -43,7 +43,7 @@ def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 def with_junk(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The document, with something else in one place at a time."""
-    skipped = ("source", "inputs", "outputs", "files")  # read as bundle.json is, which has a test of its own
+    skipped = ("source", "files")  # read as bundle.json is, which has a test of its own
     unread = ("about", "name", "memory", "prefill", "batch", "threads", "kv_cache", "prefill_chunk", "embed_plugins")
     for number, place in enumerate([*places(document)]):
         if {*place[:-1]} & {*skipped} or (place[0] == "settings" and {*place} & {*unread}):

@@ -14,6 +14,7 @@ from tests.host_device import HostDevice
 from tests.moiie_export.builders.test_rtx_eight_bits import eight_bits
 from tests.runtime.backends.emulated_tensorrt import EmulatedTensorRt
 from tests.runtime.backends.engine_bundle import build
+from tests.shared_library import write_shared_library
 
 QUESTION = [{"role": "user", "content": "What is this?"}]
 
@@ -51,8 +52,7 @@ def test_every_type_arrives_as_it_is_stored(tmp_path: Path) -> None:
 def test_an_engine_computes_with_experts_in_float8(trt: EmulatedTensorRt, tmp_path: Path) -> None:
     """The engine's own graph, computed on the memory that was bound: the bundle's answer, but for half precision."""
     copied = Path(shutil.copytree(eight_bits().bundle, tmp_path / "bundle"))
-    library = tmp_path / "libmoiie_plugins.so"
-    library.touch()
+    library = write_shared_library(tmp_path / "libmoiie_plugins.so")
     settings = {"sms": (89,), "prefill": (64,), "plugins": "required"}
     build(copied, "rtx", settings, library, dialect=True)
     with mr.load(copied, threads=1) as vlm:

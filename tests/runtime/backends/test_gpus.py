@@ -20,7 +20,7 @@ TEXT = [{"role": "user", "content": "Describe."}]
 @pytest.fixture
 def two(trt, monkeypatch):
     """GPU 0 is one that the engines were not built for."""
-    gpus = (Gpu("Old GPU", 75, trt.cuda.total), Gpu("Emulated GPU", 89, trt.cuda.total))
+    gpus = (Gpu("Old GPU", 75, trt.cuda.total), Gpu("Emulated GPU", 89, trt.cuda.total, 1))
     monkeypatch.setattr(tensorrt_checks, "find_driver", lambda: Driver((13, 0), "580.65.06", gpus))
     trt.cuda.devices = 2
     return trt
@@ -47,6 +47,18 @@ def test_one_that_is_not_there_is_refused_with_how_many_there_are(two, engine_bu
     with pytest.raises(SystemExit) as ended:
         main(["run", str(engine_bundle), "--target", "rtx", "--gpu", "-1", "-p", "Describe."])
     assert ended.value.code == 2
+
+
+def test_one_that_does_not_answer_moves_no_other(trt, engine_bundle, monkeypatch):
+    """Numbers are CUDA's, which opens the GPU."""
+    gpus = (Gpu("Emulated GPU", 89, trt.cuda.total, 1), Gpu("Old GPU", 75, trt.cuda.total, 3))
+    monkeypatch.setattr(tensorrt_checks, "find_driver", lambda: Driver((13, 0), "580.65.06", gpus))
+    engine = open_engine(Bundle.open(engine_bundle), "rtx")
+    engine.on(1).check()
+    with pytest.raises(MissingDependency, match="there is no GPU 0 here: there are 2, GPU 1, 3"):
+        engine.check()
+    with pytest.raises(MissingDependency, match="the GPU here, Old GPU, has SM 75"):
+        engine.on(3).check()
 
 
 @pytest.mark.parametrize("gpu", [-1, True, 0.5, "0"])

@@ -71,7 +71,7 @@ def test_the_first_thing_that_is_missing_is_named(engine, trt, monkeypatch):
     refused(wrong, "the driver is 535.1.2, tensorrt_rtx needs at least 550.54.14", "update NVIDIA's driver")
     here["driver"] = replace(here["driver"], version=None)  # some systems do not say it
     refused(
-        wrong, "built for SM 87; the GPU here, Emulated GPU, has SM 89", "--sm 87,89, if tensorrt_rtx builds for it"
+        wrong, "built for SM 87; the GPU here, Emulated GPU, has SM 89", "--sm 87,89 --plugins LIBRARY, if tensorrt_rtx"
     )
     wrong = replace(wrong, document=DOCUMENT)
     refused(wrong, "libmoiie_plugins.so: the plugin library of engine rtx is missing", "moiie plugins build")
@@ -95,12 +95,16 @@ def test_for_another_gpu_only_what_can_be_built_is_proposed(engine):
     known = [80, 86, 89, 120]
     said = refusal(engine, sms=[86, 120], library_sms=known)
     assert "was built for SM 86, 120; the GPU here, Emulated GPU, has SM 89" in said.message
-    assert said.hint == f"{engine.build} --sm 86,89,120"
+    again = f"moiie build {engine.bundle.root} --target rtx --sm"
+    assert said.hint == f"{again} 86,89,120 --plugins LIBRARY"
+    assert refusal(engine, sms=[120], library_sms=known, plugins=None).hint == f"{again} 89,120"
     said = refusal(engine, sms=[86], library_sms=[80, 86])
     assert str(said.hint).startswith("tensorrt_rtx builds for SM 80, 86 only: build for another target")
-    assert refusal(engine, sms=[86]).hint == f"{engine.build} --sm 86,89, if tensorrt_rtx builds for it"
+    assert refusal(engine, sms=[86]).hint == f"{again} 86,89 --plugins LIBRARY, if tensorrt_rtx builds for it"
     full = replace(engine, backend="tensorrt", needs={})
-    assert refusal(full, sms=[87], library_sms=known).hint == f"build it here, on this GPU: {engine.build} --sm 89"
+    assert (
+        refusal(full, sms=[87], library_sms=known).hint == f"build it here, on this GPU: {again} 89 --plugins LIBRARY"
+    )
 
 
 def test_a_library_without_kernels_for_the_gpu_is_refused(engine, trt):
@@ -112,7 +116,8 @@ def test_a_library_without_kernels_for_the_gpu_is_refused(engine, trt):
     assert (
         "its plugin library has kernels for SM 90, 120, none that the GPU here, Emulated GPU with SM 89" in said.message
     )
-    assert str(said.hint).startswith(f"moiie plugins build --sm 89,90,120, then {engine.build} --plugins ")
+    again = f"moiie build {engine.bundle.root} --target rtx --plugins plugins-build/libmoiie_plugins.so"
+    assert said.hint == f"moiie plugins build --sm 89,90,120, then {again}"
 
 
 def test_without_a_gpu_run_says_what_is_missing(trt, engine_bundle, monkeypatch, capsys):
@@ -142,6 +147,8 @@ class Cuda:
     """libcuda as ctypes shows it, with two GPUs."""
 
     init = 0
+    silent = ()
+    """Numbers of GPUs that do not answer."""
 
     def __getattr__(self, name):
         numbers = {"cuDriverGetVersion": 12060, "cuDeviceGetCount": 2}
@@ -151,6 +158,7 @@ class Cuda:
                 return self.init
             if name == "cuDeviceGet":
                 arguments[0]._obj.value = arguments[1]
+                return 999 if arguments[1] in self.silent else 0
             elif name == "cuDeviceGetName":
                 arguments[0].value = f"GPU {arguments[2].value}".encode()
             elif name == "cuDeviceTotalMem_v2":
@@ -168,7 +176,11 @@ def test_the_driver_is_asked_without_any_package(monkeypatch):
     monkeypatch.setattr(gpu_info.ctypes, "CDLL", lambda name: Cuda())
     monkeypatch.setattr(gpu_info, "_own_version", lambda: "540.4.0")
     driver = gpu_info.find_driver()
-    assert driver == Driver((12, 6), "540.4.0", (Gpu("GPU 0", 87, 8 << 30), Gpu("GPU 1", 87, 8 << 30)))
+    assert driver == Driver((12, 6), "540.4.0", (Gpu("GPU 0", 87, 8 << 30), Gpu("GPU 1", 87, 8 << 30, 1)))
+    monkeypatch.setattr(Cuda, "silent", (0,))
+    driver = gpu_info.find_driver()
+    assert driver.gpus == (Gpu("GPU 1", 87, 8 << 30, 1),)
+    assert (driver.gpu(0), driver.gpu(1)) == (None, driver.gpus[0])
     monkeypatch.setattr(Cuda, "init", 100)
     assert gpu_info.find_driver() == Driver((12, 6), "540.4.0", (), 100)
 
