@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import triton
@@ -18,17 +19,22 @@ _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)")
 
 @dataclass(frozen=True)
 class MachineCode:
-    """One kernel.
+    """A file that holds one kernel.
 
     Attributes:
+        cubin: the file.
         registers: of a thread.
         stack: bytes of a thread in memory, which registers that were too few are spilled to.
-        step: instructions of a thread in the loop that multiplies most, by their names; empty where there is none.
     """
 
+    cubin: Path
     registers: int
     stack: int
-    step: Counter[str]
+
+    @cached_property
+    def step(self) -> Counter[str]:
+        """Instructions of a thread in the loop that multiplies most, by their names; empty where there is none."""
+        return _step(_output("nvdisasm", "-c", self.cubin).splitlines())
 
     @property
     def instructions(self) -> int:
@@ -37,10 +43,10 @@ class MachineCode:
 
 
 def read_machine_code(cubin: Path) -> MachineCode:
-    """Disassembles a file that holds one kernel."""
+    """What a kernel takes; its instructions are read when they are asked for."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _output("cuobjdump", "-res-usage", cubin))
     assert usage is not None, cubin
-    return MachineCode(int(usage[1]), int(usage[2]), _step(_output("nvdisasm", "-c", cubin).splitlines()))
+    return MachineCode(cubin, int(usage[1]), int(usage[2]))
 
 
 def _step(lines: list[str]) -> Counter[str]:
