@@ -19,6 +19,15 @@ from moiie_plugins.kernels.routing import bank_row
 
 
 @triton.jit
+def _on_top(words, byte: tl.constexpr):
+    """Byte `byte` of each word where a float32's mantissa begins, with what stands behind it."""
+    if byte < 2:
+        return words << (15 - 8 * byte)
+    else:
+        return words >> (8 * byte - 15)
+
+
+@triton.jit
 def _word_products(words, x, BITS: tl.constexpr, G: tl.constexpr):
     """The sum over a word's fields of q * x / 2^BITS, [ROWS, G, W]; x [G, 32] in the order of columns."""
     even, odd = tl.split(x.reshape(G, BITS, 16 // BITS, 2))
@@ -29,12 +38,7 @@ def _word_products(words, x, BITS: tl.constexpr, G: tl.constexpr):
         total = (-1.5 * ((x0 + x1) + (x2 + x3)))[None]
         flipped = words ^ -2139062144  # 0x80808080
         for byte in tl.static_range(4):
-            # Byte `byte` to the top of the mantissa.
-            if byte < 2:
-                bits = flipped << (15 - 8 * byte)
-            else:
-                bits = flipped >> (8 * byte - 15)
-            bits = (bits & 0x7F8000) | 0x3F800000
+            bits = (_on_top(flipped, byte) & 0x7F8000) | 0x3F800000
             total += bits.to(tl.float32, bitcast=True) * planes[byte][None]
         return total
     else:
@@ -48,11 +52,7 @@ def _word_products(words, x, BITS: tl.constexpr, G: tl.constexpr):
         total = (-1.03125 * ((x0 + x2) + (x4 + x6)) - 1.5 * ((x1 + x3) + (x5 + x7)))[None]
         flipped = words ^ -2004318072  # 0x88888888
         for byte in tl.static_range(4):
-            # The upper nibble of byte `byte` to the top of the mantissa; the lower one stands behind it, 1 + u / 256.
-            if byte < 2:
-                bits = flipped << (15 - 8 * byte)
-            else:
-                bits = flipped >> (8 * byte - 15)
+            bits = _on_top(flipped, byte)  # the upper nibble; the lower one stands behind it, 1 + u / 256
             first = (bits & 0x078000) | 0x3F800000
             second = (bits & 0x780000) | 0x3F800000
             total += first.to(tl.float32, bitcast=True) * lower[byte][None]
