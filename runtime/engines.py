@@ -130,13 +130,13 @@ def built_targets(bundle: Bundle) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"*/{DOCUMENT}")) if folder.is_dir() else []
 
 
-def open_engine(bundle: Bundle, target: str) -> Engine:
-    """The engine of this name.
+def open_engine(bundle: Bundle, target: str, gpu: int | None = None) -> Engine:
+    """The engine of this name, on this GPU if one is named.
 
     Raises:
         MissingDependency: the bundle was not built for the target.
         MoiieError: the engine is damaged, of a newer schema, for a backend that is not there, or was built from another
-            export of the bundle.
+            export of the bundle; or a GPU is named for what runs on none.
     """
     folder = bundle.path(f"{ENGINES}/{target}")
     if not (folder / DOCUMENT).is_file():
@@ -156,7 +156,18 @@ def open_engine(bundle: Bundle, target: str) -> Engine:
     check_known(backend, f"{folder / DOCUMENT}: ", f"install the package that adds it, or {build}")
     threads = top.optional_integer("threads", 1)
     built = _in_place(bundle, top, target)
-    return Engine(target, backend, built, _needs(top), threads, top.boolean("prepack"), bundle, raw)
+    engine = Engine(target, backend, built, _needs(top), threads, top.boolean("prepack"), bundle, raw)
+    return engine if gpu is None else engine.on(gpu)
+
+
+def refuse_gpu(form: str, gpu: int | None) -> None:
+    """For what is no built form, which runs on no GPU.
+
+    Raises:
+        MoiieError: one is named.
+    """
+    if gpu is not None:
+        raise MoiieError(f"gpu: {form} is no form that was built for a GPU", "name the target of one")
 
 
 def read_document(bundle: Bundle, target: str) -> tuple[dict[str, Any], Fields]:

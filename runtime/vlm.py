@@ -19,7 +19,7 @@ from moiie_runtime.bundle import Bundle
 from moiie_runtime.chat import Message
 from moiie_runtime.decoder import Decoder
 from moiie_runtime.device_memory import DeviceEstimate, estimate_device, free_memory
-from moiie_runtime.engines import DEFAULT_TARGET, PORTABLE, built_targets, open_engine
+from moiie_runtime.engines import DEFAULT_TARGET, PORTABLE, built_targets, open_engine, refuse_gpu
 from moiie_runtime.errors import MoiieError
 from moiie_runtime.feature_cache import FeatureCache
 from moiie_runtime.generate import TEXT_ONLY, Chunk, Generation, Record, generate, stream
@@ -87,11 +87,9 @@ def _opened(
     options = PORTABLE_OPTIONS
     if wanted == PORTABLE or wanted in backend_names():
         backend = "onnxruntime" if wanted == PORTABLE else wanted
-        if gpu is not None:
-            raise MoiieError(f"gpu: {wanted} is no form that was built for a GPU", "name the target of one")
+        refuse_gpu(wanted, gpu)
     else:
-        engine = open_engine(bundle, wanted)
-        engine = engine if gpu is None else engine.on(gpu)
+        engine = open_engine(bundle, wanted, gpu)
         bundle, backend, threads = engine.bundle, engine.backend, threads or engine.threads
         options = engine.options()
     opener = get_backend(backend)

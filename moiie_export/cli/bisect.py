@@ -43,8 +43,7 @@ def show_bisection(
     opened = Bundle.open(bundle)
     if target == PORTABLE:
         raise MoiieError("--bisect: the bundle's own graphs are what it compares with", "name a target that was built")
-    engine = open_engine(opened, target)
-    engine = engine if gpu is None else engine.on(gpu)
+    engine = open_engine(opened, target, gpu)
     for extra in ("build", "polygraphy", "cpu"):
         need_extra(extra)
     if save is not None and bundle.resolve() in (save.resolve(), *save.resolve().parents):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from moiie_runtime.bundle import Bundle
-from moiie_runtime.engines import PORTABLE, Engine, open_engine
-from moiie_runtime.errors import MoiieError
+from moiie_runtime.engines import PORTABLE, Engine, open_engine, refuse_gpu
 
 
 def built_form(bundle: Bundle, target: str, gpu: int | None) -> Engine | None:
@@ -15,8 +14,6 @@ def built_form(bundle: Bundle, target: str, gpu: int | None) -> Engine | None:
         MoiieError: the engine is damaged, or a GPU is named for what runs on none.
     """
     if target != PORTABLE:
-        engine = open_engine(bundle, target)
-        return engine if gpu is None else engine.on(gpu)
-    if gpu is not None:
-        raise MoiieError(f"gpu: {target} is no form that was built for a GPU", "name the target of one")
+        return open_engine(bundle, target, gpu)
+    refuse_gpu(target, gpu)
     return None
